@@ -1,0 +1,45 @@
+"""llmlab: a research lab for language models in JAX and Flax.
+
+    model = llmlab.load("runs/quickstart-1a2b3c4d")        # a run, a checkpoint or a Hugging Face directory
+    tokenizer = llmlab.load_tokenizer("runs/quickstart-1a2b3c4d")
+    print(llmlab.generate(model, tokenizer, ["def main("]))
+
+The names below are imported when they are first used, so that `import llmlab` and `llmlab --help` cost milliseconds
+and not the seconds that importing jax takes.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llmlab.experiment import Experiment as Experiment
+    from llmlab.infer.generate import generate as generate
+    from llmlab.models.huggingface import save_hf as save_hf
+    from llmlab.tokenizers import load_tokenizer as load_tokenizer
+    from llmlab.training.load import load as load
+    from llmlab.training.run import train as train
+
+__version__ = "0.1.0"
+
+# Public name -> the module that defines it.
+_EXPORTS = {
+    "Experiment": "llmlab.experiment",
+    "generate": "llmlab.infer.generate",
+    "load": "llmlab.training.load",
+    "load_tokenizer": "llmlab.tokenizers",
+    "save_hf": "llmlab.models.huggingface",
+    "train": "llmlab.training.run",
+}
+
+__all__ = ["Experiment", "__version__", "generate", "load", "load_tokenizer", "save_hf", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name on first use."""
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'llmlab' has no attribute {name!r}")
+    return getattr(importlib.import_module(_EXPORTS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

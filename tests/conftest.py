@@ -1,0 +1,61 @@
+"""What every test stands on: eight simulated CPU devices, shapes checked at every call, caches out of the way."""
+
+import inspect
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jaxtyping import install_import_hook
+
+REPOSITORY = Path(__file__).parent.parent
+
+# Before jax is imported: it reads these once. Subprocesses of tests inherit them.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "--xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    os.environ["XLA_FLAGS"] = flags.strip()
+# Compiled programs are shared by all workers and by later runs of the suite; jax writes entries atomically.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPOSITORY / ".pytest_cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
+
+import jax.tree_util  # noqa: E402  the variables above must be set first
+
+
+def _exempt_from_construction_checks(register: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes a pytree registration mark its class as one whose constructor is not type-checked.
+
+    jax rebuilds a registered dataclass through its constructor with whatever a tree_map returned: booleans,
+    PartitionSpecs, placeholders. The annotations describe the arrays that the class holds in real use, which the
+    signatures of the functions that take and return them check.
+    """
+
+    def wrapper(cls: type, *args: Any, **kwargs: Any) -> type:
+        cls.__no_type_check__ = True  # jaxtyping's decorator (applied after this one) then leaves __init__ alone
+        cls.__init__ = inspect.unwrap(cls.__init__)  # and where it was applied before, its wrapper goes
+        return register(cls, *args, **kwargs)
+
+    return wrapper
+
+
+for name in ("register_dataclass", "register_pytree_node_class", "register_pytree_with_keys_class"):
+    setattr(jax.tree_util, name, _exempt_from_construction_checks(getattr(jax.tree_util, name)))
+
+# Every function of llmlab checks its arguments' and results' types and shapes at every call. The numeric tower of
+# PEP 484 (an int where a float is asked for) is what type checkers accept and users write: dropout=0.
+install_import_hook("llmlab", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def llmlab_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Token stores of tests go to a temporary directory, never to the user's cache."""
+    directory = tmp_path_factory.mktemp("llmlab-cache")
+    previous = os.environ.get("LLMLAB_CACHE")
+    os.environ["LLMLAB_CACHE"] = str(directory)
+    yield directory
+    if previous is None:
+        del os.environ["LLMLAB_CACHE"]
+    else:
+        os.environ["LLMLAB_CACHE"] = previous
