@@ -1,0 +1,191 @@
+"""Scaled dot-product attention with many heads (Vaswani et al. 2017, 1706.03762).
+
+    Attention(Q, K, V) = softmax(Q K^T / sqrt(H) + bias, masked) V        for each head
+
+Each query looks at every key it may see and takes the weighted mean of their values. Time is O(S T D) and, in a
+kernel that forms the score matrix, memory O(S T) per head; blockwise kernels bring memory down to O(S + T).
+
+Fewer key/value heads than query heads make the cache smaller: one is multi-query attention (Shazeer 2019,
+1911.02150), in between is grouped-query attention (Ainslie et al. 2023, 2305.13245). Optional parts:
+
+    qk_norm    normalise q and k per head before the product, against logit growth (Henry et al. 2020, 2010.04245)
+    softcap    c tanh(logits / c), bounds the logits (Gemma 2, 2408.00118)
+    window     see only the last `window` positions, oneself included (Beltagy et al. 2020, 2004.05150)
+"""
+
+import math
+from dataclasses import dataclass
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float
+
+from llmlab.nn.config import Cache, Context, Mixer, Norm
+from llmlab.nn.dense import Dense
+from llmlab.nn.dropout import check_rate
+from llmlab.nn.kernels import Kernel, attention
+from llmlab.nn.masks import Full, Mask, SlidingWindow
+from llmlab.nn.positions import BiasPosition, QueryKeyPosition
+from llmlab.sharding import shard
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention(Mixer):
+    """Self-attention: multi-head, grouped-query or multi-query by the number of key/value heads."""
+
+    num_heads: int
+    """Query heads."""
+    num_kv_heads: int | None = None
+    """Key/value heads, a divisor of num_heads; None for as many as num_heads, 1 for multi-query."""
+    head_dim: int | None = None
+    """Width of a head; None for embed_dim / num_heads."""
+    position: QueryKeyPosition | BiasPosition | None = None
+    """Rotary(...), ALiBi(), T5Relative(...), or None when positions are added to the embeddings."""
+    bias: bool = False
+    """Whether the query, key and value projections add a bias."""
+    output_bias: bool = False
+    """Whether the output projection adds a bias."""
+    qk_norm: Norm | None = None
+    """Norm of each head's queries and keys."""
+    softcap: float | None = None
+    """Bound of the logits; None for none."""
+    window: int | None = None
+    """How many positions a query sees on each allowed side, itself included; None for all."""
+    scale: float | None = None
+    """Factor on q k^T; None for 1/sqrt(head_dim)."""
+    dropout: float = 0.0
+    """Dropout on the attention weights."""
+    kernel: Kernel = "auto"
+    """Implementation; auto takes the best that this platform and these shapes support."""
+
+    def __post_init__(self) -> None:
+        kv = self.num_kv_heads or self.num_heads
+        if self.num_heads % kv:
+            divisors = [d for d in range(1, self.num_heads + 1) if self.num_heads % d == 0]
+            raise ValueError(
+                f"num_heads={self.num_heads} is not divisible by num_kv_heads={kv}; use one of {divisors}"
+            )
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window={self.window} is not positive; 1 sees oneself only, None sees everything")
+        check_rate("dropout", self.dropout)
+
+    def resolved_head_dim(self, dim: int) -> int:
+        """Width of a head in a model of width `dim`."""
+        if self.head_dim is None and dim % self.num_heads:
+            raise ValueError(
+                f"embed_dim={dim} is not divisible by num_heads={self.num_heads}; "
+                f"use {dim - dim % self.num_heads} or {dim + self.num_heads - dim % self.num_heads}, or set head_dim"
+            )
+        return self.head_dim or dim // self.num_heads
+
+    def build(self, dim: int, *, rngs: nnx.Rngs, depth: int = 1) -> "AttentionLayer":
+        return AttentionLayer(self, dim, rngs=rngs, depth=depth)
+
+    def context_flops(self, dim: int, sequence_length: int) -> int:
+        seen = sequence_length if self.window is None else min(self.window, sequence_length)
+        return 4 * self.num_heads * self.resolved_head_dim(dim) * seen
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrossAttention(Attention):
+    """Attention whose keys and values come from an encoder's output (`context.memory`)."""
+
+    def build(self, dim: int, *, rngs: nnx.Rngs, depth: int = 1) -> "CrossAttentionLayer":
+        return CrossAttentionLayer(self, dim, rngs=rngs, depth=depth)
+
+
+class AttentionLayer(nnx.Module):
+    """See Attention."""
+
+    def __init__(self, config: Attention, dim: int, *, rngs: nnx.Rngs, depth: int = 1) -> None:
+        head_dim = config.resolved_head_dim(dim)
+        num_kv_heads = config.num_kv_heads or config.num_heads
+        embed = (("embed", dim),)
+        heads = (("heads", config.num_heads), ("head_dim", head_dim))
+        kv_heads = (("kv_heads", num_kv_heads), ("head_dim", head_dim))
+        self.config = config
+        self.scale = 1 / math.sqrt(head_dim) if config.scale is None else config.scale
+        self.query = Dense(embed, heads, bias=config.bias, rngs=rngs)
+        self.key = Dense(embed, kv_heads, bias=config.bias, rngs=rngs)
+        self.value = Dense(embed, kv_heads, bias=config.bias, rngs=rngs)
+        self.output = Dense(heads, embed, bias=config.output_bias, rngs=rngs, gain=1 / math.sqrt(2 * depth))
+        self.norm_query = config.qk_norm.build(head_dim, rngs=rngs) if config.qk_norm else None
+        self.norm_key = config.qk_norm.build(head_dim, rngs=rngs) if config.qk_norm else None
+        self.rotation = None
+        self.relative = None
+        if isinstance(config.position, QueryKeyPosition):
+            self.rotation = config.position.build(head_dim, rngs=rngs)
+        elif isinstance(config.position, BiasPosition):
+            self.relative = config.position.build(config.num_heads, rngs=rngs)
+
+    def __call__(
+        self,
+        x_BSD: Float[Array, "B S D"],
+        context: Context,
+        key: jax.Array | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Float[Array, "B S D"], Cache | None]:
+        q_BSNH, k_BTKH, v_BTKH = self.project(x_BSD, x_BSD)
+        if self.rotation is not None:
+            q_BSNH = self.rotation(q_BSNH, context.position_ids)
+            k_BTKH = self.rotation(k_BTKH, context.position_ids)
+        query_index = None
+        if cache is not None:
+            cache, k_BTKH, v_BTKH = cache.update(k_BTKH, v_BTKH, context.position_ids)
+            query_index = context.position_ids  # slot t of the cache is position t
+        mask = context.mask
+        if self.config.window is not None:
+            mask = mask & SlidingWindow(left=self.config.window - 1, right=self.config.window - 1)
+        return self.attend(q_BSNH, k_BTKH, v_BTKH, mask, key, query_index), cache
+
+    def project(
+        self, x_BSD: Float[Array, "B S D"], source_BTD: Float[Array, "B T D"]
+    ) -> tuple[Float[Array, "B S N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+        """Queries of x, keys and values of the source, normalised per head where the config says so."""
+        q_BSNH = shard(self.query(x_BSD), "batch", "sequence", "heads", "head_dim")
+        k_BTKH = shard(self.key(source_BTD), "batch", "sequence", "kv_heads", "head_dim")
+        v_BTKH = shard(self.value(source_BTD), "batch", "sequence", "kv_heads", "head_dim")
+        if self.norm_query is not None and self.norm_key is not None:
+            q_BSNH, k_BTKH = self.norm_query(q_BSNH), self.norm_key(k_BTKH)
+        return q_BSNH, k_BTKH, v_BTKH
+
+    def attend(
+        self,
+        q_BSNH: Float[Array, "B S N H"],
+        k_BTKH: Float[Array, "B T K H"],
+        v_BTKH: Float[Array, "B T K H"],
+        mask: Mask,
+        key: jax.Array | None,
+        query_index: jax.Array | None = None,
+    ) -> Float[Array, "B S D"]:
+        """Attention over the given keys, projected back to the residual stream."""
+        o_BSNH = attention(
+            q_BSNH,
+            k_BTKH,
+            v_BTKH,
+            mask=mask,
+            bias=None if self.relative is None else self.relative.bias(),
+            scale=self.scale,
+            softcap=self.config.softcap,
+            dropout=self.config.dropout if key is not None else 0.0,
+            key=key,
+            kernel=self.config.kernel,
+            query_index=query_index,
+        )
+        return self.output(shard(o_BSNH, "batch", "sequence", "heads", "head_dim"))
+
+
+class CrossAttentionLayer(AttentionLayer):
+    """See CrossAttention."""
+
+    def __call__(
+        self,
+        x_BSD: Float[Array, "B S D"],
+        context: Context,
+        key: jax.Array | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Float[Array, "B S D"], Cache | None]:
+        if context.memory is None:
+            raise ValueError("cross-attention needs encoder states: pass them as context.memory")
+        mask = Full() if context.memory_mask is None else context.memory_mask
+        return self.attend(*self.project(x_BSD, context.memory), mask, key), cache

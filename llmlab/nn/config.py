@@ -1,0 +1,111 @@
+"""What a residual block is made of, as open types.
+
+A config is a frozen dataclass with a `build`; a new mechanism subclasses one of these and nobody edits a central
+if-chain. The module that a config builds lives beside it in the same file.
+"""
+
+import abc
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from llmlab.nn.dropout import check_rate
+from llmlab.nn.masks import Mask
+
+
+class Cache(Protocol):
+    """Keys and values of the positions seen so far, for one attention layer."""
+
+    def update(
+        self, key: Float[Array, "B S K H"], value: Float[Array, "B S K H"], position_ids: Int[Array, "B S"]
+    ) -> "tuple[Cache, Float[Array, 'B T K H'], Float[Array, 'B T K H']]":
+        """Store the new positions; returns the cache and everything it now holds, slot t being position t."""
+        ...
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """What every layer of one forward pass may look at besides its input."""
+
+    mask: Mask
+    """Which keys a query may see, in the layer's own sequence."""
+    position_ids: Int[Array, "B S"]
+    """Position of every token in its own document."""
+    memory: Any = None
+    """Encoder states (B, T, D) for cross-attention."""
+    memory_mask: Any = None
+    """Mask of cross-attention over `memory`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Norm(abc.ABC):
+    """Normalisation over the embedding dimension."""
+
+    @abc.abstractmethod
+    def build(self, dim: int, *, rngs: nnx.Rngs) -> nnx.Module:
+        """Module mapping (..., dim) to the same shape."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixer(abc.ABC):
+    """Moves information between positions: attention and its relatives."""
+
+    @abc.abstractmethod
+    def build(self, dim: int, *, rngs: nnx.Rngs, depth: int = 1) -> nnx.Module:
+        """Module `(x_BSD, context, key=None, cache=None) -> (y_BSD, cache)`.
+
+        `depth` is the number of layers of the stack: weights that write into the residual stream start smaller by
+        1/sqrt(2 depth) (GPT-2, Radford et al. 2019, section 2.3).
+        """
+
+    @abc.abstractmethod
+    def context_flops(self, dim: int, sequence_length: int) -> int:
+        """Forward FLOPs per token of what is no parameter matmul (scores and weighted sum, counted in full)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeedForward(abc.ABC):
+    """Transforms every position by itself."""
+
+    @abc.abstractmethod
+    def build(self, dim: int, *, rngs: nnx.Rngs, depth: int = 1) -> nnx.Module:
+        """Module `(x_BSD, key=None) -> y_BSD`; `depth` as for a mixer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wiring(abc.ABC):
+    """How a block's parts, norms and residual additions are connected."""
+
+    @abc.abstractmethod
+    def build(self, block: "Block", dim: int, *, rngs: nnx.Rngs, depth: int = 1) -> nnx.Module:
+        """Module `(x_BSD, context, key=None, cache=None) -> (y_BSD, cache)`."""
+
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """One residual block: a mixer and a feed-forward, their norms, and how they are wired."""
+
+    mixer: Mixer
+    """Moves information between positions."""
+    ffn: FeedForward
+    """Transforms every position by itself."""
+    cross: Mixer | None = None
+    """Attention over encoder states, between mixer and feed-forward."""
+    norm: Norm | None
+    """Normalisation of each part's input or output; None for none."""
+    wiring: Wiring
+    """How parts, norms and residual additions are connected."""
+    dropout: float = 0.0
+    """Dropout on the output of each part, before it is added to the residual stream."""
+
+    def __post_init__(self) -> None:
+        check_rate("dropout", self.dropout)
+
+    def build(self, dim: int, *, rngs: nnx.Rngs, depth: int = 1) -> nnx.Module:
+        """Module `(x_BSD, context, key=None, cache=None) -> (y_BSD, cache)`."""
+        return self.wiring.build(self, dim, rngs=rngs, depth=depth)

@@ -1,0 +1,51 @@
+"""Embedding: a table row for every token (and, for BERT's kin, for every segment type).
+
+A lookup costs no FLOPs and O(D) memory traffic a token; its gradient is a scatter-add into the table. Tied models
+use the same table, transposed, to score the next token (Press and Wolf 2017, 1608.05859).
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+
+class Embedding(nnx.Module):
+    """Rows of a learned table.
+
+    Args:
+        num_rows: size of the vocabulary.
+        dim: width of a row.
+        axes: logical names of the table's dimensions.
+        std: standard deviation of the initial table.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        dim: int,
+        *,
+        rngs: nnx.Rngs,
+        axes: tuple[str, str] = ("vocab", "embed"),
+        std: float = 0.02,
+    ) -> None:
+        self.table = nnx.Param(std * jax.random.normal(rngs.params(), (num_rows, dim)), axes=axes)
+
+    def __call__(self, ids: Int[Array, "*B"]) -> Float[Array, "*B D"]:
+        return jnp.take(self.table[...], ids, axis=0)
+
+    def attend(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """Logits of a tied head: inner product with every row."""
+        return jnp.einsum("...D,VD->...V", x, self.table[...])
+
+
+class SegmentEmbedding(nnx.Module):
+    """Adds a row by segment type, BERT's sentence A and B (Devlin et al. 2019, 1810.04805, section 3)."""
+
+    def __init__(self, num_types: int, dim: int, *, rngs: nnx.Rngs) -> None:
+        self.types = Embedding(num_types, dim, rngs=rngs, axes=("segment_type", "embed"))
+
+    def __call__(
+        self, x_BSD: Float[Array, "B S D"], token_type_ids_BS: Int[Array, "B S"]
+    ) -> Float[Array, "B S D"]:
+        return x_BSD + self.types(token_type_ids_BS)
