@@ -4,6 +4,7 @@ A config alone answers how many parameters the model has and how many FLOPs a to
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -118,6 +119,18 @@ class Transformer:
             matmul += math.prod(params["embedding"]["tokens"]["table"].shape)
         context = sum(block.mixer.context_flops(self.embed_dim, sequence_length) for block in self.layers())
         return (3 if training else 1) * (2 * matmul + context)
+
+
+def named(presets: Mapping[str, Transformer], name: str) -> Transformer:
+    """The preset of this name, with or without the family in front: "nano" finds "llama-nano" among Llama's.
+
+    Raises:
+        ValueError: no preset has the name; the message lists those there are.
+    """
+    matches = [key for key in presets if key == name] or [key for key in presets if key.partition("-")[2] == name]
+    if len(matches) != 1:
+        raise ValueError(f"no preset is called {name!r}; there are {', '.join(presets)}")
+    return presets[matches[0]]
 
 
 def _name(key: Any) -> str:

@@ -10,7 +10,7 @@ the table's length, one matrix more in Llama's gated MLP, norms with mean and bi
 Cost per token and layer: 24 D^2 FLOPs forward in parameter matmuls and 4 S D in attention; 12 D^2 parameters.
 """
 
-from llmlab.models.config import Tied, Transformer
+from llmlab.models.config import Tied, Transformer, named
 from llmlab.nn.attention import Attention
 from llmlab.nn.config import Block
 from llmlab.nn.feed_forward import MLP
@@ -58,3 +58,8 @@ PRESETS: dict[str, Transformer] = {
     "gpt2-774m": gpt2(embed_dim=1280, num_layers=36, num_heads=20, vocab_size=50257),
     "gpt2-1.5b": gpt2(embed_dim=1600, num_layers=48, num_heads=25, vocab_size=50257),
 }
+
+
+def preset(name: str) -> Transformer:
+    """The preset of this name; an unknown name lists those there are."""
+    return named(PRESETS, name)

@@ -62,9 +62,7 @@ class Attention(Mixer):
         kv = self.num_kv_heads or self.num_heads
         if self.num_heads % kv:
             divisors = [d for d in range(1, self.num_heads + 1) if self.num_heads % d == 0]
-            raise ValueError(
-                f"num_heads={self.num_heads} is not divisible by num_kv_heads={kv}; use one of {divisors}"
-            )
+            raise ValueError(f"num_heads={self.num_heads} is not divisible by num_kv_heads={kv}; use one of {divisors}")
         if self.window is not None and self.window < 1:
             raise ValueError(f"window={self.window} is not positive; 1 sees oneself only, None sees everything")
         check_rate("dropout", self.dropout)

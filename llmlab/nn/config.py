@@ -85,7 +85,6 @@ class Wiring(abc.ABC):
         """Module `(x_BSD, context, key=None, cache=None) -> (y_BSD, cache)`."""
 
 
-
 @dataclass(frozen=True, kw_only=True)
 class Block:
     """One residual block: a mixer and a feed-forward, their norms, and how they are wired."""

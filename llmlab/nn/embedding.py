@@ -45,7 +45,5 @@ class SegmentEmbedding(nnx.Module):
     def __init__(self, num_types: int, dim: int, *, rngs: nnx.Rngs) -> None:
         self.types = Embedding(num_types, dim, rngs=rngs, axes=("segment_type", "embed"))
 
-    def __call__(
-        self, x_BSD: Float[Array, "B S D"], token_type_ids_BS: Int[Array, "B S"]
-    ) -> Float[Array, "B S D"]:
+    def __call__(self, x_BSD: Float[Array, "B S D"], token_type_ids_BS: Int[Array, "B S"]) -> Float[Array, "B S D"]:
         return x_BSD + self.types(token_type_ids_BS)

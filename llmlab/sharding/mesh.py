@@ -1,11 +1,11 @@
 """The mesh: how many devices each kind of parallelism gets.
 
-    data      replicas of the model, each with its own rows of the batch
-    fsdp      like data, but parameters, gradients and optimizer state are split over it (ZeRO-3)
-    tensor    matrices split by columns and rows
-    sequence  activations split along the sequence
-    expert    experts of a mixture spread out
-    pipeline  layers spread out
+data      replicas of the model, each with its own rows of the batch
+fsdp      like data, but parameters, gradients and optimizer state are split over it (ZeRO-3)
+tensor    matrices split by columns and rows
+sequence  activations split along the sequence
+expert    experts of a mixture spread out
+pipeline  layers spread out
 """
 
 import math

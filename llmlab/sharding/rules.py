@@ -40,7 +40,7 @@ def spec(
     """PartitionSpec of an array whose dimensions have these logical names.
 
     A mesh axis serves one dimension, the first that asks. With `shape` and mesh `sizes`, a mesh axis that does not
-    divide its dimension is left out: the dimension is replicated over it.
+    divide its dimension is left out (the dimension is replicated over it), and so is one of a single device.
     """
     taken: set[str] = set()
     entries: list[str | tuple[str, ...] | None] = []
@@ -48,7 +48,9 @@ def spec(
         axes: list[str] = []
         for axis in rules.get(name, ()) if name is not None else ():
             split = math.prod(sizes[a] for a in (*axes, axis)) if sizes is not None else 1
-            if axis in taken or (shape is not None and shape[index] % split):
+            if axis in taken or (sizes is not None and sizes[axis] == 1):
+                continue
+            if shape is not None and shape[index] % split:
                 continue
             axes.append(axis)
             taken.add(axis)
@@ -92,6 +94,4 @@ def shard(x: jax.Array, *names: str | None) -> jax.Array:
     if active is None or active[0].size == 1:
         return x
     mesh, rules = active
-    return jax.lax.with_sharding_constraint(
-        x, NamedSharding(mesh, spec(names, rules, shape=x.shape, sizes=mesh.shape))
-    )
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(names, rules, shape=x.shape, sizes=mesh.shape)))
