@@ -1,0 +1,1 @@
+"""Whole models assembled from the layers of `llmlab.nn`, one file per architecture family."""

@@ -1,11 +1,12 @@
 """The feed-forward network: what a block does to each position by itself.
 
     MLP        y = W_down act(W_up x)                           Vaswani et al. 2017 (1706.03762)
-    GatedMLP   y = W_down (act(W_gate x) * W_up x)              Dauphin et al. 2017 (1612.08083), Shazeer 2020 (2002.05202)
+    GatedMLP   y = W_down (act(W_gate x) * W_up x)              Shazeer 2020 (2002.05202)
 
-GatedMLP with sigmoid is GLU, with gelu GEGLU, with silu SwiGLU, with relu ReGLU. Gating multiplies two projections,
-so it has three matrices; at equal parameters its hidden_dim is 2/3 of the MLP's (8/3 D instead of 4 D). Two thirds
-of a transformer's parameters and FLOPs are here: 2 * (2 or 3) * D * F forward per token.
+GatedMLP with sigmoid is GLU (Dauphin et al. 2017, 1612.08083), with gelu GEGLU, with silu SwiGLU, with relu ReGLU.
+Gating multiplies two projections, so it has three matrices; at equal parameters its hidden_dim is 2/3 of the MLP's
+(8/3 D instead of 4 D). Two thirds of a transformer's parameters and FLOPs are here: 2 * (2 or 3) * D * F forward per
+token.
 """
 
 import math

@@ -89,7 +89,7 @@ def active_mesh() -> jax.sharding.Mesh | None:
 
 
 def shard(x: jax.Array, *names: str | None) -> jax.Array:
-    """Constrain an activation by the logical names of its dimensions; the identity outside a mesh of several devices."""
+    """Constrain an activation by its dimensions' logical names; the identity without a mesh of several devices."""
     active = _active.get()
     if active is None or active[0].size == 1:
         return x
