@@ -1,0 +1,1 @@
+"""State, step, the visible loop, checkpoints, metrics and fault handling."""
