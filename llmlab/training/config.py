@@ -1,0 +1,48 @@
+"""How long, how much at a time, how exactly, and how often to look and to save."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """One training run: its length, batch, precision, and the rhythm of evaluations and checkpoints."""
+
+    steps: int
+    """Number of optimizer updates."""
+    batch_size: int
+    """Sequences in one update, over all devices, hosts and accumulation steps together."""
+    sequence_length: int
+    """Tokens in one sequence."""
+    accumulation: int = 1
+    """Parts that the batch is computed in, one after the other: less memory, the same gradient."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the arithmetic. Parameters, norms, softmax and loss stay float32; float16 scales the loss."""
+    evaluate_every: int = 200
+    """Steps between evaluations on the validation split; 0 for the last step only."""
+    evaluate_batches: int | None = None
+    """Batches in one evaluation; None for the whole validation split."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints; 0 for the last step only."""
+    keep_last: int = 2
+    """Newest checkpoints to keep."""
+    keep_best: int = 1
+    """Checkpoints with the lowest validation loss to keep besides."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    seed: int = 0
+    """Seed of the initial weights, the data order and dropout."""
+
+    def __post_init__(self) -> None:
+        at_least_one = ("steps", "batch_size", "sequence_length", "accumulation", "keep_last", "log_every")
+        not_negative = ("evaluate_every", "checkpoint_every", "keep_best", "seed")
+        problems = [
+            f"{name}={getattr(self, name)} must be at least 1" for name in at_least_one if getattr(self, name) < 1
+        ]
+        problems += [
+            f"{name}={getattr(self, name)} must not be negative" for name in not_negative if getattr(self, name) < 0
+        ]
+        if self.evaluate_batches is not None and self.evaluate_batches < 1:
+            problems.append(f"evaluate_batches={self.evaluate_batches} must be at least 1, or None for all")
+        if problems:
+            raise ValueError("; ".join(problems))
