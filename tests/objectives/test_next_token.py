@@ -205,13 +205,10 @@ def test_full_logits_are_never_held() -> None:
         def total(hidden: jax.Array, head: jax.Array) -> jax.Array:
             return chunked_cross_entropy(hidden, lambda x: x @ head, labels, chunk=chunk).total
 
-        return (
-            jax.jit(jax.value_and_grad(total, argnums=(0, 1)))
-            .lower(*shapes)
-            .compile()
-            .memory_analysis()
-            .temp_size_in_bytes
-        )
+        step = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))
+        analysis = step.lower(*shapes).compile().memory_analysis()
+        assert analysis is not None
+        return analysis.temp_size_in_bytes
 
     logits = 2 * length * vocab * 4
     assert memory(length) >= logits
