@@ -132,9 +132,9 @@ def chunked_cross_entropy(
     weights = _weights(labels, weights)
     chunks = _in_chunks(hidden, project, labels, weights, chunk)
     # The head's parameters become arguments, so that a custom gradient can be given for them.
-    pure_project, params = jax.closure_convert(project, chunks[0][0])
-    params = tuple(jax.tree.leaves(params))
-    total, nll, correct = _summed(pure_project, label_smoothing, z_loss, chunks, params)
+    converted: Any = jax.closure_convert(project, chunks[0][0])
+    pure_project, params = converted
+    total, nll, correct = _summed(pure_project, label_smoothing, z_loss, chunks, tuple(params))
     metrics = {"loss": jax.lax.stop_gradient(nll), "accuracy": jax.lax.stop_gradient(correct)}
     return LossParts(total=total, count=jnp.sum(weights), metrics=metrics)
 
