@@ -23,7 +23,6 @@ rematerialisation: 6 V D FLOPs a token instead of 8.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -132,8 +131,7 @@ def chunked_cross_entropy(
     weights = _weights(labels, weights)
     chunks = _in_chunks(hidden, project, labels, weights, chunk)
     # The head's parameters become arguments, so that a custom gradient can be given for them.
-    converted: Any = jax.closure_convert(project, chunks[0][0])
-    pure_project, params = converted
+    pure_project, params = jax.closure_convert(project, chunks[0][0])
     total, nll, correct = _summed(pure_project, label_smoothing, z_loss, chunks, tuple(params))
     metrics = {"loss": jax.lax.stop_gradient(nll), "accuracy": jax.lax.stop_gradient(correct)}
     return LossParts(total=total, count=jnp.sum(weights), metrics=metrics)
@@ -222,8 +220,7 @@ Chunk = tuple[jax.Array, jax.Array, jax.Array]
 """hidden, labels, weights."""
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _summed(
+def _sum(
     project: Callable[..., jax.Array],
     label_smoothing: float,
     z_loss: float,
@@ -238,7 +235,7 @@ def _summed(
     return _scan(one, _zero_sums(), chunks)[0]
 
 
-def _summed_forward(
+def _sum_forward(
     project: Callable[..., jax.Array],
     label_smoothing: float,
     z_loss: float,
@@ -265,7 +262,7 @@ def _summed_forward(
     return sums, (d_hidden, d_params, dtypes)
 
 
-def _summed_backward(
+def _sum_backward(
     project: Callable[..., jax.Array], label_smoothing: float, z_loss: float, residuals: Any, d_sums: Sums
 ) -> tuple[Any, Any]:
     d_hidden, d_params, dtypes = residuals
@@ -275,7 +272,8 @@ def _summed_backward(
     return ((scale * d_hidden).astype(d_hidden.dtype), None, None), d_params
 
 
-_summed.defvjp(_summed_forward, _summed_backward)
+_summed = jax.custom_vjp(_sum, nondiff_argnums=(0, 1, 2))
+_summed.defvjp(_sum_forward, _sum_backward)
 
 
 def _zero_sums() -> Sums:
