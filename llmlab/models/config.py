@@ -3,6 +3,7 @@
 A config alone answers how many parameters the model has and how many FLOPs a token costs; `build` makes the model.
 """
 
+import abc
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import jax
 from flax import nnx
 
 from llmlab.nn.config import Block, Norm
+from llmlab.nn.dense import Dense
 from llmlab.nn.dropout import check_rate
 from llmlab.nn.module import Axes, Params, logical_axes, num_parameters, split
 from llmlab.nn.positions import AddedPosition
@@ -22,13 +24,20 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Head:
+class Head(abc.ABC):
     """How hidden states become scores over the vocabulary."""
+
+    @abc.abstractmethod
+    def build(self, dim: int, vocab_size: int, *, rngs: nnx.Rngs) -> Dense | None:
+        """The projection, or None where the embedding table serves."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tied(Head):
     """The embedding table scores the next token (Press and Wolf 2017, 1608.05859)."""
+
+    def build(self, dim: int, vocab_size: int, *, rngs: nnx.Rngs) -> None:
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +46,9 @@ class Untied(Head):
 
     bias: bool = False
     """Whether to add a bias per token."""
+
+    def build(self, dim: int, vocab_size: int, *, rngs: nnx.Rngs) -> Dense:
+        return Dense((("embed", dim),), (("vocab", vocab_size),), bias=self.bias, rngs=rngs)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,9 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from llmlab.models.config import Tied, Transformer, Untied
+from llmlab.models.config import Transformer
 from llmlab.nn.config import Cache, Context
-from llmlab.nn.dense import Dense
 from llmlab.nn.dropout import dropout
 from llmlab.nn.embedding import Embedding
 from llmlab.nn.masks import Causal, Mask, Padding, Segments
@@ -78,12 +77,7 @@ class DecoderModel(nnx.Module):
         self.embedding = InputEmbedding(config, rngs=rngs)
         self.stack = Stack(config.pattern, config.num_layers, config.embed_dim, config.execution, rngs=rngs)
         self.final_norm = config.final_norm.build(config.embed_dim, rngs=rngs) if config.final_norm else None
-        self.head = None
-        if isinstance(config.head, Untied):
-            embed, vocab = (("embed", config.embed_dim),), (("vocab", config.vocab_size),)
-            self.head = Dense(embed, vocab, bias=config.head.bias, rngs=rngs)
-        else:
-            assert isinstance(config.head, Tied)
+        self.head = config.head.build(config.embed_dim, config.vocab_size, rngs=rngs)
 
     def __call__(
         self,

@@ -109,12 +109,9 @@ class AttentionLayer(nnx.Module):
         self.output = Dense(heads, embed, bias=config.output_bias, rngs=rngs, gain=1 / math.sqrt(2 * depth))
         self.norm_query = config.qk_norm.build(head_dim, rngs=rngs) if config.qk_norm else None
         self.norm_key = config.qk_norm.build(head_dim, rngs=rngs) if config.qk_norm else None
-        self.rotation = None
-        self.relative = None
-        if isinstance(config.position, QueryKeyPosition):
-            self.rotation = config.position.build(head_dim, rngs=rngs)
-        elif isinstance(config.position, BiasPosition):
-            self.relative = config.position.build(config.num_heads, rngs=rngs)
+        position = config.position
+        self.rotation = position.build(head_dim, rngs=rngs) if isinstance(position, QueryKeyPosition) else None
+        self.relative = position.build(config.num_heads, rngs=rngs) if isinstance(position, BiasPosition) else None
 
     def __call__(
         self,

@@ -34,9 +34,8 @@ class Dense(nnx.Module):
         std = gain / math.sqrt(math.prod(size for _, size in inputs))
         self.num_inputs = len(inputs)
         self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), shape), axes=names)
-        self.bias = None
-        if bias:
-            self.bias = nnx.Param(jnp.zeros(shape[len(inputs) :]), axes=names[len(inputs) :])
+        rest = len(inputs)
+        self.bias = nnx.Param(jnp.zeros(shape[rest:]), axes=names[rest:]) if bias else None
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         y = contract(x, self.kernel[...], self.num_inputs)

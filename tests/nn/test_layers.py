@@ -1,0 +1,186 @@
+"""Dense, norms, feed-forward and embedding against float64 NumPy."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from llmlab.nn.dense import Dense, contract
+from llmlab.nn.dropout import dropout
+from llmlab.nn.embedding import Embedding, SegmentEmbedding
+from llmlab.nn.feed_forward import MLP, GatedMLP
+from llmlab.nn.norms import BatchNorm, LayerNorm, RMSNorm
+
+# float32 has 24 bits: 6e-8 relative per operation, a few dozen operations deep
+CLOSE = {"rtol": 2e-6, "atol": 2e-6}
+
+
+def rngs(seed: int = 0) -> nnx.Rngs:
+    return nnx.Rngs(params=seed)
+
+
+def normal(seed: int, *shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def f64(x: jax.Array) -> np.ndarray:
+    return np.asarray(x, np.float64)
+
+
+def randomised(layer: nnx.Module, seed: int = 9) -> nnx.Module:
+    """The layer with every parameter drawn at random, so that scales of one and biases of zero hide nothing."""
+    graphdef, state = nnx.split(layer)
+    leaves, treedef = jax.tree.flatten(state)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    drawn = [jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
+    return nnx.merge(graphdef, jax.tree.unflatten(treedef, drawn))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "shape"),
+    [
+        ((("embed", 6),), (("heads", 2), ("head_dim", 3)), (2, 5, 6)),
+        ((("heads", 2), ("head_dim", 3)), (("embed", 6),), (2, 5, 2, 3)),
+    ],
+)
+def test_dense_is_the_contraction_plus_bias(inputs, outputs, shape):
+    layer = randomised(Dense(inputs, outputs, bias=True, rngs=rngs()))
+    x = normal(1, *shape)
+    expected = np.tensordot(f64(x), f64(layer.kernel[...]), axes=len(inputs)) + f64(layer.bias[...])
+    np.testing.assert_allclose(layer(x), expected, **CLOSE)
+
+
+def test_dense_gradients_equal_those_of_tensordot():
+    x, kernel, dy = normal(1, 2, 5, 2, 3), normal(2, 2, 3, 7), normal(3, 2, 5, 7)
+    ours = jax.grad(lambda x, k: jnp.sum(contract(x, k, 2) * dy), (0, 1))(x, kernel)
+    theirs = jax.grad(lambda x, k: jnp.sum(jnp.tensordot(x, k, axes=2) * dy), (0, 1))(x, kernel)
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, **CLOSE)
+
+
+def test_dense_starts_with_variance_one_over_inputs():
+    kernel = Dense((("embed", 400),), (("mlp", 500),), bias=False, rngs=rngs()).kernel[...]
+    # 200,000 draws: the standard deviation is known to 1/sqrt(2 * 200,000) = 0.16%; five of those
+    assert abs(float(jnp.std(kernel)) * math.sqrt(400) - 1) < 0.008
+
+
+def test_layer_norm_is_its_equation():
+    layer = randomised(LayerNorm(epsilon=1e-3).build(8, rngs=rngs()))
+    x = f64(normal(1, 2, 3, 8))
+    mean, variance = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
+    expected = (x - mean) / np.sqrt(variance + 1e-3) * f64(layer.scale[...]) + f64(layer.bias[...])
+    np.testing.assert_allclose(layer(jnp.asarray(x, jnp.float32)), expected, **CLOSE)
+
+
+def test_layer_norm_without_bias_has_none():
+    assert LayerNorm(bias=False).build(8, rngs=rngs()).bias is None
+
+
+def test_rms_norm_is_its_equation():
+    layer = randomised(RMSNorm(epsilon=1e-3).build(8, rngs=rngs()))
+    x = f64(normal(1, 2, 3, 8))
+    expected = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-3) * f64(layer.scale[...])
+    np.testing.assert_allclose(layer(jnp.asarray(x, jnp.float32)), expected, **CLOSE)
+
+
+def test_batch_norm_takes_statistics_over_tokens():
+    layer = randomised(BatchNorm(epsilon=1e-3).build(8, rngs=rngs()))
+    x = f64(normal(1, 2, 3, 8))
+    flat = x.reshape(-1, 8)
+    expected = (x - flat.mean(0)) / np.sqrt(flat.var(0) + 1e-3) * f64(layer.scale[...]) + f64(layer.bias[...])
+    np.testing.assert_allclose(layer(jnp.asarray(x, jnp.float32)), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("config", [LayerNorm(), LayerNorm(bias=False), RMSNorm()])
+def test_norm_gradients_equal_those_of_the_plain_equation(config):
+    layer = randomised(config.build(16, rngs=rngs()))
+    graphdef, state = nnx.split(layer)
+    x, dy = normal(1, 2, 3, 16), normal(2, 2, 3, 16)
+
+    def plain(state, x):
+        centred = x - jnp.mean(x, -1, keepdims=True) if isinstance(config, LayerNorm) else x
+        y = centred / jnp.sqrt(jnp.mean(centred**2, -1, keepdims=True) + config.epsilon) * state["scale"][...]
+        return jnp.sum((y + state["bias"][...] if "bias" in state else y) * dy)
+
+    ours = jax.grad(lambda s, x: jnp.sum(nnx.merge(graphdef, s)(x) * dy), (0, 1))(state, x)
+    theirs = jax.grad(plain, (0, 1))(state, x)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, **CLOSE)
+
+
+@pytest.mark.parametrize("config", [LayerNorm(), RMSNorm(), BatchNorm()])
+def test_norm_statistics_are_float32_in_bfloat16(config):
+    layer = config.build(512, rngs=rngs())
+    # a large mean: bfloat16 sums of 512 such values would lose the variance altogether
+    x = (normal(1, 4, 512) + 8).astype(jnp.bfloat16)
+    exact = layer(x.astype(jnp.float32))
+    assert layer(x).dtype == jnp.bfloat16
+    np.testing.assert_allclose(layer(x).astype(jnp.float32), exact, rtol=2**-8, atol=2**-8)  # one rounding, at the end
+
+
+ACTIVATIONS = {
+    "relu": lambda x: np.maximum(x, 0),
+    "gelu": lambda x: x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2))),
+    "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
+    "tanh": np.tanh,
+    "identity": lambda x: x,
+}
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_mlp_is_its_equation(activation):
+    layer = randomised(MLP(hidden_dim=12, activation=activation).build(8, rngs=rngs()))
+    x = normal(1, 2, 3, 8)
+    h = ACTIVATIONS[activation](f64(x) @ f64(layer.up.kernel[...]) + f64(layer.up.bias[...]))
+    expected = h @ f64(layer.down.kernel[...]) + f64(layer.down.bias[...])
+    np.testing.assert_allclose(layer(x), expected, rtol=2e-5, atol=2e-5)  # sums of products of size 10
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "gelu", "silu"])  # GLU, GEGLU, SwiGLU
+def test_gated_mlp_is_its_equation(activation):
+    layer = randomised(GatedMLP(hidden_dim=12, activation=activation).build(8, rngs=rngs()))
+    x = normal(1, 2, 3, 8)
+    h = ACTIVATIONS[activation](f64(x) @ f64(layer.gate.kernel[...])) * (f64(x) @ f64(layer.up.kernel[...]))
+    np.testing.assert_allclose(layer(x), h @ f64(layer.down.kernel[...]), rtol=2e-5, atol=5e-5)
+
+
+def test_embedding_looks_up_rows_and_scores_by_inner_product():
+    layer = Embedding(10, 4, rngs=rngs())
+    ids = jnp.array([[1, 9], [0, 1]])
+    table = np.asarray(layer.table[...])
+    np.testing.assert_array_equal(layer(ids), table[np.asarray(ids)])
+    x = normal(1, 2, 3, 4)
+    np.testing.assert_allclose(layer.attend(x), f64(x) @ f64(layer.table[...]).T, **CLOSE)
+
+
+def test_embedding_gradient_sums_over_repeated_tokens():
+    layer = Embedding(5, 3, rngs=rngs())
+    graphdef, state = nnx.split(layer)
+    ids, dy = jnp.array([2, 2, 0]), normal(1, 3, 3)
+    gradient = jax.grad(lambda s: jnp.sum(nnx.merge(graphdef, s)(ids) * dy))(state)["table"][...]
+    expected = np.zeros((5, 3))
+    np.add.at(expected, [2, 2, 0], f64(dy))
+    np.testing.assert_allclose(gradient, expected, **CLOSE)
+
+
+def test_segment_embedding_adds_the_row_of_the_type():
+    layer = SegmentEmbedding(2, 4, rngs=rngs())
+    x, types = normal(1, 1, 3, 4), jnp.array([[0, 1, 1]])
+    np.testing.assert_array_equal(layer(x, types), x + layer.types.table[...][np.array([[0, 1, 1]])])
+
+
+def test_dropout_keeps_the_mean_and_zeroes_the_stated_fraction():
+    y = dropout(jnp.ones(100_000), 0.25, jax.random.key(0))
+    assert set(np.unique(y)) == {0.0, np.float32(1 / 0.75)}
+    # binomial standard deviation sqrt(.25 * .75 / 100,000) = 0.0014; five of those
+    assert abs(float(jnp.mean(y == 0)) - 0.25) < 0.007
+
+
+def test_dropout_without_a_key_is_the_identity():
+    x = jnp.ones(3)
+    assert dropout(x, 0.5, None) is x
