@@ -5,6 +5,7 @@ carries it elsewhere and back without loss:
 
     to_json / from_json     text in a run directory. Every dataclass carries its class ("class": "llmlab.optim.AdamW"),
                             so a field typed as a base class comes back as what it was.
+    save / load             the same as a file, with a copy of the experiment file where its classes are needed.
     load_experiment_file    the Python file itself.
     difference              what two configs disagree on, path by path.
 
@@ -69,6 +70,40 @@ def from_json(text: str, expected: type[T], *, experiment: types.ModuleType | No
     if problems:
         raise ValueError(_listed(f"this JSON is no {expected.__name__}", problems))
     return config
+
+
+def save(config: Any, directory: Path) -> None:
+    """Writes `config.json`, and beside it a copy of the experiment's file where the config holds classes from there."""
+    text, homes = to_json(config), set[str]()
+    _homes(config, homes)
+    for name in homes:
+        (directory / "experiment.py").write_bytes(sys.modules[name].__dict__["__source__"])
+    (directory / "config.json").write_text(text, encoding="utf-8")
+
+
+def load(directory: Path, expected: type[T]) -> T:
+    """The config that `save` wrote. Raises FileNotFoundError and, naming the file, the ValueErrors of `from_json`."""
+    own, path = directory / "experiment.py", directory / "config.json"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{directory} is no run directory: it has no config.json") from None
+    try:
+        return from_json(text, expected, experiment=load_experiment_file(own) if own.exists() else None)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _homes(config: Any, found: set[str]) -> None:
+    """Adds the names of the experiment modules that define classes of this tree; there is at most one in practice."""
+    if dataclasses.is_dataclass(config):
+        if type(config).__module__.startswith(_EXPERIMENT_MODULE):
+            found.add(type(config).__module__)
+        for field in dataclasses.fields(config):
+            _homes(getattr(config, field.name), found)
+    elif isinstance(config, (tuple, dict)):
+        for item in config.values() if isinstance(config, dict) else config:
+            _homes(item, found)
 
 
 def config_hash(config: Any, length: int = 8) -> str:
@@ -362,6 +397,7 @@ def load_experiment_file(path: str | Path) -> types.ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None  # the path ends in .py
     module = importlib.util.module_from_spec(spec)
+    module.__dict__["__source__"] = text  # the file as it was when it ran, for the run's copy
     sys.modules[name] = module  # dataclasses and inspect look a class's module up here
     sys.path.append(str(path.parent))  # at the end: a sibling must not shadow a library
     try:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmlab.config import ABSENT, config_hash, difference, from_json, load_experiment_file, to_json
+from llmlab.config import ABSENT, config_hash, difference, from_json, load, load_experiment_file, save, to_json
 from llmlab.training.config import Train
 
 EXPERIMENT = '''
@@ -137,6 +137,30 @@ def test_every_value_that_fits_its_hint_survives(module, numbers, mode, name, ra
 def test_not_a_number_survives(module: ModuleType) -> None:
     config = module.Model(pattern=(), peak_lr=math.nan)
     assert math.isnan(from_json(to_json(config), module.Model, experiment=module).peak_lr)
+
+
+def test_a_saved_config_loads_after_its_experiment_file_has_changed(tmp_path: Path) -> None:
+    path, run = tmp_path / "mine.py", tmp_path / "run"
+    run.mkdir()
+    path.write_text(EXPERIMENT)
+    config = load_experiment_file(path).config()
+    path.write_text("raise RuntimeError('no longer what it was')")
+    save(config, run)
+    loaded = load(run, object)
+    assert difference(str(loaded), str(config)) == []
+    assert to_json(loaded) == to_json(config)
+
+
+def test_a_config_of_llmlabs_classes_is_saved_without_a_copy_of_the_file(tmp_path: Path) -> None:
+    train = Train(steps=1, batch_size=1, sequence_length=1)
+    save(train, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert load(tmp_path, Train) == train
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"config.json: this JSON is no Train:"):
+        load(tmp_path, Train)
+    with pytest.raises(FileNotFoundError, match="no run directory"):
+        load(tmp_path / "nowhere", Train)
 
 
 def test_a_nested_class_and_a_class_of_llmlab_survive(module: ModuleType) -> None:
