@@ -71,7 +71,11 @@ class NextToken(Objective):
             raise ValueError(f"chunk={self.chunk} is not positive; None chooses one")
 
     def loss(self, model: Any, batch: Batch, *, key: jax.Array | None = None) -> LossParts:
-        """Sums over the batch. metrics: "loss", the plain nll, and "accuracy", how often the target scored highest."""
+        """Sums over the batch.
+
+        metrics: "loss", the plain nll; "accuracy", how often the target scored highest; and "objective", what is
+        minimised, where smoothing or z-loss make that another number.
+        """
         hidden_BSD, _ = model.hidden_states(
             batch["input_ids"],
             attention_mask=batch.get("attention_mask"),
@@ -133,7 +137,10 @@ def chunked_cross_entropy(
     # The head's parameters become arguments, so that a custom gradient can be given for them.
     pure_project, params = jax.closure_convert(project, chunks[0][0])
     total, nll, correct = _summed(pure_project, label_smoothing, z_loss, chunks, tuple(params))
-    metrics = {"loss": jax.lax.stop_gradient(nll), "accuracy": jax.lax.stop_gradient(correct)}
+    metrics = {"loss": nll, "accuracy": correct}
+    if label_smoothing or z_loss:
+        metrics["objective"] = total
+    metrics = jax.lax.stop_gradient(metrics)
     return LossParts(total=total, count=jnp.sum(weights), metrics=metrics)
 
 

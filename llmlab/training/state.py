@@ -1,0 +1,166 @@
+"""The state of a training run: everything that changes from one step to the next, as one tree of arrays.
+
+Parameters and optimizer state are float32 whatever the precision of the arithmetic: at a learning rate of 1e-4 most
+updates are smaller than bfloat16's spacing (1/128 of a weight), and would round to nothing.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from llmlab.nn.module import Axes, Params
+from llmlab.sharding import DEFAULT_RULES, Rules, shardings
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class LossScale:
+    """Dynamic loss scaling for float16 (Micikevicius et al. 2018, 1710.03740, section 3.2).
+
+    Gradients below 6e-8 are zero in float16, so the loss is multiplied by `scale` and the gradients divided by it. A
+    step whose gradients are not finite is skipped and halves the scale; GROWTH_INTERVAL good steps in a row double it.
+    """
+
+    scale: Float[Array, ""]
+    """Factor on the loss."""
+    good_steps: Int[Array, ""]
+    """Finite steps since the scale last changed."""
+    skipped: Int[Array, ""]
+    """Steps skipped since the run began; the optimizer has seen that many fewer."""
+
+    INITIAL = 2.0**15
+    MINIMUM = 1.0
+    GROWTH_INTERVAL = 2000
+
+    @classmethod
+    def initial(cls) -> "LossScale":
+        """The scale that a run starts with."""
+        return cls(
+            scale=jnp.asarray(cls.INITIAL, jnp.float32),
+            good_steps=jnp.zeros((), jnp.int32),
+            skipped=jnp.zeros((), jnp.int32),  # not the same array: it could not be donated twice
+        )
+
+    def after(self, finite: jax.Array) -> "LossScale":
+        """The scale after a step whose gradients were finite, or were not."""
+        grow = finite & (self.good_steps + 1 >= self.GROWTH_INTERVAL)
+        grown = jnp.where(grow, 2 * self.scale, self.scale)
+        return LossScale(
+            scale=jnp.where(finite, grown, jnp.maximum(self.scale / 2, self.MINIMUM)),
+            good_steps=jnp.where(finite & ~grow, self.good_steps + 1, 0),
+            skipped=self.skipped + jnp.where(finite, 0, 1),
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """What a step takes and returns."""
+
+    step: Int[Array, ""]
+    """Steps done."""
+    params: Params
+    """Float32 parameters."""
+    optimizer_state: Any
+    """The optimizer's own, e.g. moments."""
+    ema: Params | None
+    """Exponential moving average of the parameters, where one is kept."""
+    loss_scale: LossScale | None
+    """Loss scaling, in float16 only."""
+
+
+def new_state(
+    params: Params, optimizer: optax.GradientTransformation, *, precision: str = "float32", ema: bool = False
+) -> TrainState:
+    """The state before the first step."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        optimizer_state=optimizer.init(params),
+        # A copy: two names for one buffer cannot both be donated to a step.
+        ema=jax.tree.map(jnp.copy, params) if ema else None,
+        loss_scale=LossScale.initial() if precision == "float16" else None,
+    )
+
+
+def initialise(
+    init_params: Callable[[jax.Array], Params],
+    optimizer: optax.GradientTransformation,
+    *,
+    seed: int,
+    precision: str = "float32",
+    ema: bool = False,
+    layout: TrainState | None = None,
+) -> TrainState:
+    """The state before the first step, computed where it will live: no device ever holds more than its share.
+
+    Args:
+        init_params: key to freshly drawn parameters.
+        optimizer: its state is initialised too.
+        seed: of the parameters; the same seed gives the same numbers on every layout.
+        precision: "float16" adds loss scaling.
+        ema: whether to keep an average of the parameters.
+        layout: shardings of every array, from `state_shardings`; None for the default device.
+    """
+
+    def init() -> TrainState:
+        return new_state(init_params(jax.random.key(seed)), optimizer, precision=precision, ema=ema)
+
+    return jax.jit(init, out_shardings=layout)()
+
+
+def state_shardings(state: TrainState, axes: Axes, mesh: jax.sharding.Mesh, rules: Rules = DEFAULT_RULES) -> TrainState:
+    """Where every array of the state lives: parameters by their logical axes, and what mirrors them likewise.
+
+    Args:
+        state: arrays or shapes.
+        axes: tuple of logical axis names for every parameter.
+        mesh: the devices.
+        rules: logical axis name to mesh axes.
+
+    An array of the optimizer's whose path ends in a parameter's path and whose shape is the parameter's (moments,
+    averages) is split like it; everything else is small and lives everywhere.
+    """
+    replicated = NamedSharding(mesh, PartitionSpec())
+    params = shardings(axes, state.params, mesh, rules)
+    flat_params = jax.tree_util.tree_leaves_with_path(state.params)
+    by_path = {
+        _names(path): (leaf.shape, sharding)
+        for (path, leaf), sharding in zip(flat_params, jax.tree.leaves(params), strict=True)
+    }
+
+    def like_its_parameter(path: Any, leaf: Any) -> NamedSharding:
+        names = _names(path)
+        for start in range(len(names)):
+            shape, sharding = by_path.get(names[start:], (None, replicated))
+            if shape == leaf.shape:
+                return sharding
+        return replicated
+
+    layout: dict[str, Any] = {  # a state whose leaves are shardings where others have arrays
+        "step": replicated,
+        "params": params,
+        "optimizer_state": jax.tree_util.tree_map_with_path(like_its_parameter, state.optimizer_state),
+        "ema": None if state.ema is None else params,
+        "loss_scale": jax.tree.map(lambda _: replicated, state.loss_scale),
+    }
+    return TrainState(**layout)
+
+
+def abstract(state: TrainState, layout: TrainState | None) -> TrainState:
+    """Shapes, types and shardings of a state, which compilation and restoring want without its arrays."""
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+    if layout is None:
+        return shapes
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, layout)
+
+
+def _names(path: Any) -> tuple[str, ...]:
+    # Dict keys only: what lies between (tuples, optax's named tuples) is the optimizer's own.
+    return tuple(str(entry.key) if isinstance(entry, jax.tree_util.DictKey) else repr(entry) for entry in path)

@@ -1,0 +1,192 @@
+"""The train step: a batch and the state in, the next state and a few numbers out. Compiled once, state donated.
+
+    loss = (sum over counted tokens of the whole batch) / (number of counted tokens of the whole batch)
+
+Both sums run over every device and every accumulation part, so the gradient does not depend on how the batch was cut:
+a mean of the parts' means would give tokens of short parts more weight (a bug that several frameworks shipped).
+
+    accumulation   the batch is computed in parts, one after the other: activations of one part in memory at a time
+    precision      parameters are cast once, at the top of the differentiated function; float16 also scales the loss
+    dropout        the key depends on (seed, step, part) and on nothing else, so layouts and resumption cannot change it
+    mesh           shardings come from logical axis names; without a mesh everything lives on the default device
+"""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Float
+
+from llmlab.nn.module import Params, merge
+from llmlab.objectives import Batch, LossParts, Objective
+from llmlab.sharding import DEFAULT_RULES, Rules, activate, spec
+from llmlab.training.state import TrainState
+
+Precision = Literal["float32", "bfloat16", "float16"]
+Metrics = dict[str, Float[Array, ""]]
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+EvaluateStep = Callable[[Params, Batch], LossParts]
+
+# fold_in constant that separates dropout from initialisation, which uses the seed's key itself.
+_DROPOUT_KEY = 0xD20
+
+
+def make_train_step(
+    graphdef: Any,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    *,
+    learning_rate: Callable[[Any], Any] | None = None,
+    accumulation: int = 1,
+    precision: Precision = "float32",
+    ema_decay: float | None = None,
+    seed: int = 0,
+    mesh: jax.sharding.Mesh | None = None,
+    rules: Rules = DEFAULT_RULES,
+    layout: TrainState | None = None,
+) -> Any:
+    """The jitted step, `(state, batch) -> (state, metrics)`; the state that goes in is given up.
+
+    Args:
+        graphdef: of the model, from `llmlab.nn.module.split`.
+        objective: gives sums over a batch.
+        optimizer: gradients to updates.
+        learning_rate: step number to learning rate, for the metrics only.
+        accumulation: parts of the batch, which it must divide.
+        precision: of the arithmetic.
+        ema_decay: of the average of the parameters, which the state must then have; None keeps none.
+        seed: of dropout.
+        mesh: devices, together with `layout`, the shardings of the state.
+        rules: logical axis name to mesh axes.
+        layout: from `state_shardings`.
+
+    Metrics: "train/loss" (nats per counted token; further sums of the objective likewise), "gradient_norm" (before
+    clipping), "learning_rate"; in float16 "loss_scale" and "skipped", 1 where the gradients were not finite and
+    parameters and optimizer state were left as they were.
+    """
+    if ema_decay is not None and not 0.0 <= ema_decay < 1.0:
+        raise ValueError(f"ema_decay={ema_decay} is not in [0, 1); 0.999 is usual")
+
+    def gradients(state: TrainState, batch: Batch) -> tuple[Params, LossParts]:
+        count = objective.count(batch)
+        per_token = 1.0 / jnp.where(count > 0, count, 1.0)  # a batch without a counted token has zero gradient
+        scale = 1.0 if state.loss_scale is None else state.loss_scale.scale
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _DROPOUT_KEY), state.step)
+
+        def loss(params: Params, part: Batch, number: jax.Array | int) -> tuple[jax.Array, LossParts]:
+            model = merge(graphdef, cast(params, precision))
+            parts = objective.loss(model, part, key=jax.random.fold_in(key, number))
+            return parts.total * (per_token * scale), parts
+
+        def one_part(part: Batch, number: jax.Array | int) -> tuple[Params, LossParts]:
+            gradient, parts = jax.grad(loss, has_aux=True)(state.params, part, number)
+            gradient = gradient if layout is None else jax.lax.with_sharding_constraint(gradient, layout.params)
+            return gradient, parts
+
+        gradient, parts = _sum_over_parts(one_part, batch, accumulation)
+        if state.loss_scale is not None:
+            gradient = jax.tree.map(lambda g: g / scale, gradient)
+        return gradient, parts
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        with activate(mesh, rules) if mesh is not None else contextlib.nullcontext():
+            gradient, parts = gradients(state, batch)
+        gradient_norm = optax.tree.norm(gradient)
+        updates, optimizer_state = optimizer.update(gradient, state.optimizer_state, state.params)
+        params: Any = optax.apply_updates(state.params, updates)
+        metrics = per_count(parts, "train") | {"gradient_norm": gradient_norm}
+        loss_scale, updates_done = state.loss_scale, state.step
+        if loss_scale is not None:
+            finite = jnp.isfinite(gradient_norm)
+            params, optimizer_state = _choose(finite, (params, optimizer_state), (state.params, state.optimizer_state))
+            updates_done -= loss_scale.skipped
+            metrics |= {"loss_scale": loss_scale.scale, "skipped": 1.0 - finite}
+            loss_scale = loss_scale.after(finite)
+        if learning_rate is not None:
+            metrics["learning_rate"] = jnp.asarray(learning_rate(updates_done), jnp.float32)
+        return TrainState(
+            step=state.step + 1,
+            params=params,
+            optimizer_state=optimizer_state,
+            ema=None if ema_decay is None else _average(ema_decay, state.ema, params),
+            loss_scale=loss_scale,
+        ), metrics
+
+    if mesh is None or layout is None:
+        return jax.jit(step, donate_argnums=0)
+    return jax.jit(
+        step, donate_argnums=0, in_shardings=(layout, batch_sharding(mesh, rules)), out_shardings=(layout, None)
+    )
+
+
+def make_evaluate_step(
+    graphdef: Any,
+    objective: Objective,
+    *,
+    accumulation: int = 1,
+    precision: Precision = "float32",
+    mesh: jax.sharding.Mesh | None = None,
+    rules: Rules = DEFAULT_RULES,
+    layout: TrainState | None = None,
+) -> Any:
+    """The jitted evaluation of a batch, `(params, batch) -> LossParts`: sums, no dropout; arguments as for training."""
+
+    def evaluate(params: Params, batch: Batch) -> LossParts:
+        with activate(mesh, rules) if mesh is not None else contextlib.nullcontext():
+            model = merge(graphdef, cast(params, precision))
+            return _sum_over_parts(lambda part, _: objective.loss(model, part), batch, accumulation)
+
+    if mesh is None or layout is None:
+        return jax.jit(evaluate)
+    return jax.jit(evaluate, in_shardings=(layout.params, batch_sharding(mesh, rules)))
+
+
+def cast(params: Params, precision: Precision) -> Params:
+    """The parameters in the type of the arithmetic; gradients through it come back in float32."""
+    dtype = jnp.dtype(precision)
+    return jax.tree.map(lambda p: p.astype(dtype) if jnp.issubdtype(p.dtype, jnp.floating) else p, params)
+
+
+def per_count(parts: LossParts, prefix: str) -> Metrics:
+    """Sums as means per counted token, named "<prefix>/<metric>"; the loss is the plain one where there is one."""
+    sums = {"loss": parts.total} | parts.metrics
+    return {f"{prefix}/{name}": value / parts.count for name, value in sums.items()}
+
+
+def batch_sharding(mesh: jax.sharding.Mesh, rules: Rules = DEFAULT_RULES) -> NamedSharding:
+    """Where the arrays of a batch live: rows and positions split as activations are."""
+    return NamedSharding(mesh, spec(("batch", "sequence"), rules))
+
+
+def _choose(condition: jax.Array, new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
+
+
+def _average(decay: float, average: Params | None, params: Params) -> Params:
+    return jax.tree.map(lambda a, p: decay * a + (1.0 - decay) * p, average, params)
+
+
+def _sum_over_parts(function: Callable[[Batch, jax.Array | int], Any], batch: Batch, num_parts: int) -> Any:
+    """Sum of function(part, number) over the parts of a batch, computed one after the other.
+
+    Part i is the rows i, i + num_parts, ...: where rows are split over devices every part is split alike, and nothing
+    moves. (Contiguous parts would live on a few devices each.)
+    """
+    if num_parts == 1:
+        return function(batch, 0)
+
+    def split(x: jax.Array) -> jax.Array:
+        return x.reshape(x.shape[0] // num_parts, num_parts, *x.shape[1:]).swapaxes(0, 1)
+
+    parts = jax.tree.map(split, batch)
+
+    def add(total: Any, xs: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, function(*xs)), None
+
+    shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], parts), 0)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return jax.lax.scan(add, zeros, (parts, jnp.arange(num_parts)))[0]

@@ -1,0 +1,220 @@
+"""The train step against an independent one, and against itself cut up in every way that must not matter."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from llmlab.nn.module import logical_axes, merge, split
+from llmlab.objectives import NextToken
+from llmlab.sharding import Mesh
+from llmlab.training.state import LossScale, TrainState, new_state, state_shardings
+from llmlab.training.step import batch_sharding, make_evaluate_step, make_train_step
+
+Batch = dict[str, np.ndarray]
+
+# Float32 sums in another order: a few units in the last place (6e-8 each).
+SAME = {"rtol": 1e-5, "atol": 1e-7}
+
+
+def assert_equal_trees(found: Any, expected: Any, rtol: float, atol: float = 0.0) -> None:
+    jax.tree.map(lambda f, e: np.testing.assert_allclose(f, e, rtol=rtol, atol=atol), found, expected)
+
+
+def plain_loss(graphdef: Any, params: Any, batch: Batch) -> jax.Array:
+    """Mean of the cross-entropy over the counted tokens, by jax.nn.log_softmax on full logits."""
+    model = merge(graphdef, params)
+    logits = model.project(model.hidden_states(batch["input_ids"])[0])
+    counted = batch["labels"] != -100
+    picked = jnp.take_along_axis(jax.nn.log_softmax(logits), np.where(counted, batch["labels"], 0)[..., None], -1)
+    return -jnp.sum(picked[..., 0] * counted) / counted.sum()
+
+
+def train(
+    model: Any,
+    batches: list[Batch],
+    *,
+    mesh: Mesh | None = None,
+    devices: int = 8,
+    optimizer: optax.GradientTransformation | None = None,
+    **settings: Any,
+) -> tuple[TrainState, list[dict[str, float]]]:
+    """The state and metrics after a step on each batch."""
+    optimizer = optimizer or optax.adamw(1e-2)
+    graphdef, params = split(model)
+    precision, ema = settings.get("precision", "float32"), "ema_decay" in settings
+    state = new_state(params, optimizer, precision=precision, ema=ema)
+    if mesh is not None:
+        built = mesh.build(jax.devices()[:devices])
+        layout = state_shardings(state, logical_axes(model), built)
+        state = jax.device_put(state, layout)
+        batches = [jax.device_put(batch, batch_sharding(built)) for batch in batches]
+        settings |= {"mesh": built, "layout": layout}
+    step = make_train_step(graphdef, NextToken(), optimizer, **settings)
+    metrics = []
+    for batch in batches:
+        state, numbers = step(state, batch)
+        metrics.append({name: float(value) for name, value in numbers.items()})
+    return state, metrics
+
+
+def test_a_step_equals_plain_gradient_descent_on_the_mean_over_counted_tokens(
+    make_model: Callable[..., Any], make_batch: Callable[..., Batch]
+) -> None:
+    batch = make_batch()
+    graphdef, params = split(make_model())
+    loss, gradient = jax.value_and_grad(lambda p: plain_loss(graphdef, p, batch))(params)
+    expected = jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient)
+    norm = np.sqrt(sum(np.square(g).sum() for g in jax.tree.leaves(gradient)))
+    state, (metrics,) = train(make_model(), [batch], optimizer=optax.sgd(0.1), learning_rate=lambda step: 0.1 + step)
+    assert_equal_trees(state.params, expected, **SAME)
+    np.testing.assert_allclose([metrics["train/loss"], metrics["gradient_norm"]], [loss, norm], rtol=1e-6)
+    assert metrics["learning_rate"] == np.float32(0.1)
+    assert int(state.step) == 1
+
+
+@pytest.mark.parametrize("accumulation", [2, 4, 16])
+def test_accumulated_gradient_equals_full_batch_when_rows_count_different_numbers_of_tokens(
+    accumulation: int, make_model: Callable[..., Any], make_batch: Callable[..., Batch]
+) -> None:
+    batches = [make_batch(seed) for seed in range(3)]
+    sgd = optax.sgd(0.5)  # not Adam, whose first update is the gradient's sign and would hide a wrong scale
+    whole, metrics = train(make_model(), batches, optimizer=sgd)
+    parts, metrics_of_parts = train(make_model(), batches, optimizer=sgd, accumulation=accumulation)
+    assert_equal_trees(parts.params, whole.params, **SAME)
+    assert_equal_trees(metrics_of_parts, metrics, rtol=1e-5)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("mesh", [Mesh(data=8), Mesh(fsdp=8, data=1), Mesh(data=2, fsdp=4), Mesh(data=4, fsdp=2)])
+def test_sharded_training_equals_one_device_dropout_included(
+    mesh: Mesh, accumulation: int, make_model: Callable[..., Any], make_batch: Callable[..., Batch]
+) -> None:
+    batches = [make_batch(seed) for seed in range(3)]
+    settings = {"accumulation": accumulation, "ema_decay": 0.9, "seed": 3}
+    sharded, metrics = train(make_model(0.2), batches, mesh=mesh, **settings)
+    single, expected = train(make_model(0.2), batches, **settings)
+    assert_equal_trees(metrics, expected, rtol=1e-5)
+    assert_equal_trees(sharded, single, **SAME)
+
+
+def test_dropout_is_active_and_differs_between_steps_and_seeds(
+    make_model: Callable[..., Any], make_batch: Callable[..., Batch]
+) -> None:
+    batch = make_batch()
+    still = optax.sgd(0.0)  # the parameters stay, so that only dropout can change the loss
+
+    def losses(rate: float, seed: int) -> list[float]:
+        return [m["train/loss"] for m in train(make_model(rate), [batch, batch], optimizer=still, seed=seed)[1]]
+
+    assert len({*losses(0.2, 0), *losses(0.2, 1)}) == 4
+    assert len({*losses(0.0, 0), *losses(0.0, 1)}) == 1
+
+
+def test_parameters_and_their_moments_are_split_over_fsdp(make_model: Callable[..., Any]) -> None:
+    model = make_model()
+    mesh = Mesh(fsdp=8, data=1).build(jax.devices())
+    state = new_state(split(model)[1], optax.adamw(1e-2), ema=True)
+    state = jax.device_put(state, state_shardings(state, logical_axes(model), mesh))
+    moments = state.optimizer_state[0]
+    assert state.ema is not None
+    for tree in (state.params, state.ema, moments.mu, moments.nu):
+        assert all(leaf.addressable_shards[0].data.size == leaf.size // 8 for leaf in jax.tree.leaves(tree))
+    assert moments.count.sharding.is_fully_replicated
+
+
+def test_averaged_parameters_follow_their_definition(
+    make_model: Callable[..., Any], make_batch: Callable[..., Batch]
+) -> None:
+    batches = [make_batch(seed) for seed in range(3)]
+    average = split(make_model())[1]
+    for count in range(3):
+        params = train(make_model(), batches[: count + 1])[0].params
+        average = jax.tree.map(lambda a, p: 0.9 * a + 0.1 * p, average, params)
+    assert_equal_trees(train(make_model(), batches, ema_decay=0.9)[0].ema, average, **SAME)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_low_precision_keeps_float32_parameters_and_follows_float32_training(
+    precision: str, make_model: Callable[..., Any], make_batch: Callable[..., Batch]
+) -> None:
+    batches = [make_batch(seed) for seed in range(3)]
+    sgd = optax.sgd(0.1)
+    low, metrics = train(make_model(), batches, precision=precision, optimizer=sgd)
+    full, expected = train(make_model(), batches, optimizer=sgd)
+    assert {leaf.dtype for leaf in jax.tree.leaves(low.params)} == {jnp.dtype("float32")}
+    # a handful of roundings of 2^-8 (bfloat16) or 2^-11 each in a loss of about 3.5
+    tolerance = 4 * float(jnp.finfo(precision).eps)
+    for found, wanted in zip(metrics, expected, strict=True):
+        np.testing.assert_allclose(found["train/loss"], wanted["train/loss"], rtol=tolerance)
+        np.testing.assert_allclose(found["gradient_norm"], wanted["gradient_norm"], rtol=tolerance)
+    moved = jax.tree.map(lambda new, old: new - old, full.params, split(make_model())[1])
+    error = optax.tree.norm(jax.tree.map(lambda a, b: a - b, low.params, full.params))
+    assert error < 2 * tolerance * optax.tree.norm(moved)
+
+
+def test_float16_skips_steps_that_overflow_and_halves_the_scale(
+    make_model: Callable[..., Any], make_batch: Callable[..., Batch]
+) -> None:
+    graphdef, params = split(make_model())
+    optimizer = optax.adamw(1e-2)
+    state = new_state(params, optimizer, precision="float16")
+    assert state.loss_scale is not None
+    # 2^40 overflows float16 whatever the gradient; 2^9 does not.
+    state = replace(state, loss_scale=replace(state.loss_scale, scale=jnp.asarray(2.0**40, jnp.float32)))
+    before = jax.tree.map(np.asarray, (state.params, state.optimizer_state))
+    step = make_train_step(graphdef, NextToken(), optimizer, precision="float16", learning_rate=lambda step: step)
+    skipped = 0
+    state, metrics = step(state, make_batch())
+    while metrics["skipped"]:
+        skipped += 1
+        jax.tree.map(np.testing.assert_array_equal, (state.params, state.optimizer_state), before)
+        assert float(state.loss_scale.scale) == 2.0 ** (40 - skipped)
+        state, metrics = step(state, make_batch(skipped))
+    assert 5 < skipped < 40
+    assert int(state.loss_scale.skipped) == skipped
+    assert float(metrics["learning_rate"]) == 0.0  # of the first update, as the optimizer counts
+    assert int(state.optimizer_state[0].count) == 1
+    assert not np.array_equal(state.params["head"], before[0]["head"])
+
+
+def test_loss_scale_doubles_after_enough_good_steps_and_never_falls_below_its_minimum() -> None:
+    good, bad = jnp.asarray(True), jnp.asarray(False)
+    scale = LossScale.initial()
+    for _ in range(LossScale.GROWTH_INTERVAL - 1):
+        scale = scale.after(good)
+    assert float(scale.scale) == LossScale.INITIAL
+    assert float(scale.after(good).scale) == 2 * LossScale.INITIAL
+    assert int(scale.after(good).good_steps) == 0
+    assert int(scale.after(bad).good_steps) == 0
+    for _ in range(30):
+        scale = scale.after(bad)
+    assert float(scale.scale) == LossScale.MINIMUM
+    assert int(scale.skipped) == 30
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_evaluation_sums_over_counted_tokens_without_dropout(
+    accumulation: int, make_model: Callable[..., Any], make_batch: Callable[..., Batch]
+) -> None:
+    batch = make_batch()
+    graphdef, params = split(make_model(0.5))
+    parts = make_evaluate_step(graphdef, NextToken(), accumulation=accumulation)(params, batch)
+    count = (batch["labels"] != -100).sum()
+    assert parts.count == count
+    np.testing.assert_allclose(parts.metrics["loss"], plain_loss(graphdef, params, batch) * count, rtol=1e-6)
+
+
+def test_without_accumulation_there_is_no_loop(
+    make_model: Callable[..., Any], make_batch: Callable[..., Batch]
+) -> None:
+    graphdef, params = split(make_model())
+    state = new_state(params, optax.adamw(1e-2))
+    step = make_train_step(graphdef, NextToken(), optax.adamw(1e-2))
+    assert "scan" not in str(jax.make_jaxpr(step)(state, make_batch()))
+    assert "while" not in str(jax.make_jaxpr(step)(state, make_batch()))
