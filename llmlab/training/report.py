@@ -6,11 +6,12 @@ with `NullReport` records exactly what a run with a display records.
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 Level = Literal["info", "warning", "error"]
 
 
+@runtime_checkable  # for the checks of argument types at run time
 class Report(Protocol):
     """Receives the events of one run, in order, from the thread that trains (and `progress` from data workers' parent).
 
