@@ -1,0 +1,20 @@
+"""Biases added to attention logits, evaluated one block at a time."""
+
+import abc
+
+from jaxtyping import Array, Float
+
+from llmlab.nn.masks import Index
+
+
+class Bias(abc.ABC):
+    """A term added to the logits, a function of query and key index; a pytree, so that its arrays can be learnt."""
+
+    @abc.abstractmethod
+    def block(self, query_index: Index, kv_index: Index) -> Float[Array, "B N S T"]:
+        """The bias of these queries and keys in float32; B is 1 where all rows agree.
+
+        Args:
+            query_index: indices of the queries, (S,) or (B, S).
+            kv_index: indices of the keys, (T,) or (B, T).
+        """

@@ -1,0 +1,40 @@
+"""Attention as the equation reads, with the whole matrix of weights in memory: what every other kernel must equal.
+
+Time and memory O(S T) per head. Products, softmax and sums in float32; the weights are rounded to the dtype of the
+values before they meet them, as everyone's kernels do.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from llmlab.nn.kernels.scoring import FORBIDDEN, Scoring
+
+
+def reference(
+    q_BSNH: Float[Array, "B S N H"],
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKH: Float[Array, "B T K H"],
+    scoring: Scoring,
+) -> Float[Array, "B S N H"]:
+    """softmax(logits) v; query head n reads key/value head n // (N / K)."""
+    batch, num_queries, heads, _ = q_BSNH.shape
+    _, num_keys, kv_heads, _ = k_BTKH.shape
+    q_BSKGH = q_BSNH.reshape(batch, num_queries, kv_heads, heads // kv_heads, -1)
+    products = jnp.einsum("BSKGH,BTKH->BKGST", q_BSKGH, k_BTKH, preferred_element_type=jnp.float32)
+    products_BNST = products.reshape(batch, heads, num_queries, num_keys)
+
+    kv = np.arange(num_keys, dtype=np.int32)
+    own = np.arange(num_queries, dtype=np.int32)
+    query = own if scoring.query_index is None else scoring.query_index
+    allowed = scoring.allowed(query, kv)
+    logits = jnp.where(allowed, scoring.logits(products_BNST, query, kv), FORBIDDEN)
+    weights = jnp.where(allowed, jnp.exp(logits - logits.max(-1, keepdims=True)), 0.0)
+    total = weights.sum(-1, keepdims=True)
+    weights = weights / jnp.where(total == 0.0, 1.0, total)  # a query that sees no key gets zeros
+    if scoring.dropout > 0.0:
+        weights = weights * scoring.kept(num_queries, weights.shape, own, kv)
+
+    weights_BKGST = weights.astype(v_BTKH.dtype).reshape(batch, kv_heads, -1, num_queries, num_keys)
+    o_BSKGH = jnp.einsum("BKGST,BTKH->BSKGH", weights_BKGST, v_BTKH, preferred_element_type=jnp.float32)
+    return o_BSKGH.reshape(q_BSNH.shape[:3] + v_BTKH.shape[3:]).astype(q_BSNH.dtype)

@@ -1,0 +1,72 @@
+"""What stands between the products q k^T and the attention weights, shared by all kernels.
+
+    logits  = softcap * tanh(scale * q k^T / softcap) + bias        softcap: Gemma 2, 2408.00118, section 2
+    weights = softmax over the allowed keys, in float32; all zero in a row that may see nothing
+    weights = weights * keep / (1 - dropout)
+
+Everything here is elementwise in (query, key), so a kernel may compute any block of it at any time.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.random import threefry2x32_p
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from llmlab.nn.kernels.bias import Bias
+from llmlab.nn.masks import Index, Mask
+
+# Logits of forbidden keys. Finite: -inf minus a row's maximum of -inf is NaN. Far from the end of the range, so that
+# no later subtraction overflows.
+FORBIDDEN = -0.7 * float(np.finfo(np.float32).max)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Scoring:
+    """How products of queries and keys become attention weights."""
+
+    mask: Mask
+    bias: Bias | None = None
+    scale: float = dataclasses.field(metadata={"static": True})
+    softcap: float | None = dataclasses.field(default=None, metadata={"static": True})
+    dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
+    seed: UInt32[Array, "2"] | None = None
+    """Seed of the dropout; None where dropout is 0."""
+    query_index: Int[Array, "B S"] | None = None
+    """Index of every query into the sequence of keys; None where query i has index i."""
+
+    def logits(self, products_BNST: Float[Array, "B N S T"], query: Index, kv: Index) -> Float[Array, "B N S T"]:
+        """Logits in float32, whatever the mask says."""
+        logits = products_BNST.astype(jnp.float32) * self.scale
+        if self.softcap is not None:
+            logits = self.softcap * jnp.tanh(logits / self.softcap)
+        return logits if self.bias is None else logits + self.bias.block(query, kv)
+
+    def allowed(self, query: Index, kv: Index) -> Bool[Array, "B 1 S T"]:
+        """Where a query may see a key; B is 1 where all rows agree."""
+        return self.mask.allowed(query, kv)[:, None]
+
+    def kept(self, num_queries: int, shape_BNST: tuple[int, ...], query: Index, kv: Index) -> Float[Array, "B N S T"]:
+        """Dropout's factor on a block of weights: 0, or 1 / (1 - dropout).
+
+        One Threefry block (Salmon et al. 2011) of (row, head, query) and key, under the seed. Because the element and
+        not the tile is hashed, all kernels drop the same weights, forward and backward, however the work is cut.
+
+        Args:
+            num_queries: length of the whole sequence of queries.
+            shape_BNST: shape of the block.
+            query: which queries of the sequence the block holds, (S,), counted from 0 whatever `query_index` says.
+            kv: which keys, (T,).
+        """
+        assert self.seed is not None
+        head = jnp.arange(shape_BNST[0] * shape_BNST[1], dtype=jnp.uint32).reshape(*shape_BNST[:2], 1, 1)
+        row = head * np.uint32(num_queries) + jnp.asarray(query).astype(jnp.uint32)[:, None]
+        words = [jnp.broadcast_to(x, shape_BNST) for x in (*self.seed, row, jnp.asarray(kv).astype(jnp.uint32))]
+        # The primitive and not jax.random.bits: its counter is ours to choose.
+        bits, _ = threefry2x32_p.bind(*words)
+        keep = 1.0 - self.dropout
+        return jnp.where(bits < np.uint32(keep * 2**32), np.float32(1.0 / keep), np.float32(0.0))
