@@ -6,7 +6,7 @@ if-chain. The module that a config builds lives beside it in the same file.
 
 import abc
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 from flax import nnx
@@ -16,6 +16,7 @@ from llmlab.nn.dropout import check_rate
 from llmlab.nn.masks import Mask
 
 
+@runtime_checkable
 class Cache(Protocol):
     """Keys and values of the positions seen so far, for one attention layer."""
 

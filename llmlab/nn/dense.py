@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from llmlab.nn.platform import platform
+
 Dims = tuple[tuple[str, int], ...]
 """Logical name and size of each dimension."""
 
@@ -49,7 +51,7 @@ def contract(x: Float[Array, "..."], kernel: Float[Array, "..."], num_inputs: in
     written as x^T dy over flattened tokens: left to itself, XLA transposes dy for it and fuses the backward
     arithmetic of whatever came before into that strided copy, which costs a fifth of a training step.
     """
-    if jax.default_backend() == "cpu":
+    if platform() == "cpu":
         batch = x.shape[: x.ndim - num_inputs]
         outputs = kernel.shape[num_inputs:]
         size = math.prod(x.shape[x.ndim - num_inputs :])

@@ -20,6 +20,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from llmlab.nn.config import Norm
+from llmlab.nn.platform import platform
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +132,7 @@ def _backward(
     if centre:
         dx = dx - jnp.mean(d, axis=-1, keepdims=True)
     dx = (dx * inverse).astype(x.dtype)
-    if jax.default_backend() == "cpu":
+    if platform() == "cpu":
         dx = jax.lax.optimization_barrier(dx)
     dscale = jnp.sum(dy32 * normed, axis=tokens).astype(scale.dtype)
     dbias = None if bias is None else jnp.sum(dy32, axis=tokens).astype(bias.dtype)

@@ -29,6 +29,7 @@ from jaxtyping import Array, Float
 from llmlab.nn.config import Block, Cache, Context
 from llmlab.nn.dropout import check_rate
 from llmlab.nn.module import stack_axes
+from llmlab.nn.platform import platform
 from llmlab.sharding import shard
 
 Remat = Literal["none", "full", "dots"]
@@ -59,7 +60,7 @@ class Execution:
     def unrolled(self, num_layers: int) -> bool:
         """Whether a stack of this depth is written out."""
         if self.mode == "auto":
-            return jax.default_backend() == "cpu" and num_layers <= _UNROLL_LIMIT
+            return platform() == "cpu" and num_layers <= _UNROLL_LIMIT
         return self.mode == "unroll"
 
 

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from llmlab.nn.masks import Causal
 
 from llmlab.nn.attention import Attention, CrossAttention
 from llmlab.nn.config import Block, Context, Wiring
 from llmlab.nn.feed_forward import MLP
+from llmlab.nn.masks import Causal
 from llmlab.nn.module import logical_axes, merge, split
 from llmlab.nn.norms import LayerNorm, RMSNorm
 from llmlab.nn.stack import Execution, Stack
