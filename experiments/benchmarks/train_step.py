@@ -18,6 +18,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -136,14 +137,14 @@ def compare(args: argparse.Namespace) -> None:
 
 def run(command: list[str]) -> tuple[dict[str, Any], float]:
     """The JSON line that a command prints, and its own peak resident memory in MiB."""
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None and process.stderr is not None
-    output, errors = process.stdout.read(), process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)} failed with {process.returncode}:\n{errors}")
-    return json.loads(output.strip().splitlines()[-1]), usage.ru_maxrss / 1024
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(command, stdout=output)
+        _, status, usage = os.wait4(process.pid, 0)  # and not wait(): only this tells one child's memory
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode != 0:
+            raise RuntimeError(f"{' '.join(command)} failed with exit code {process.returncode}")
+        output.seek(0)
+        return json.loads(output.read().strip().splitlines()[-1]), usage.ru_maxrss / 1024
 
 
 def main() -> None:
