@@ -22,6 +22,7 @@ import importlib
 import importlib.util
 import json
 import math
+import os
 import sys
 import traceback
 import types
@@ -74,11 +75,14 @@ def from_json(text: str, expected: type[T], *, experiment: types.ModuleType | No
 
 def save(config: Any, directory: Path) -> None:
     """Writes `config.json`, and beside it a copy of the experiment's file where the config holds classes from there."""
-    text, homes = to_json(config), set[str]()
+    files, homes = {"config.json": to_json(config).encode()}, set[str]()
     _homes(config, homes)
-    for name in homes:
-        (directory / "experiment.py").write_bytes(sys.modules[name].__dict__["__source__"])
-    (directory / "config.json").write_text(text, encoding="utf-8")
+    if homes:  # first, so that config.json never stands without it
+        files = {"experiment.py": sys.modules[homes.pop()].__dict__["__source__"], **files}
+    for name, content in files.items():
+        temporary = directory / f".{name}.{os.getpid()}"
+        temporary.write_bytes(content)
+        temporary.replace(directory / name)
 
 
 def load(directory: Path, expected: type[T]) -> T:
