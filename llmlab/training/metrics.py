@@ -19,7 +19,9 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
+
+from llmlab.training.directory import write_text
 
 if TYPE_CHECKING:
     from tensorboardX import SummaryWriter
@@ -76,7 +78,7 @@ class MetricsLog:
         self._purge_step = step + 1
         if len(kept) < len(lines):
             self._file.close()
-            _replace(self.path, b"".join(kept))
+            write_text(self.path, b"".join(kept).decode())
             self._file = self.path.open("a", encoding="utf-8")
         return len(lines) - len(kept)
 
@@ -87,7 +89,7 @@ class MetricsLog:
             os.fsync(self._file.fileno())
             self._file.close()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "MetricsLog":
         return self
 
     def __exit__(
@@ -166,13 +168,3 @@ def _mend(path: Path) -> None:
     with path.open("rb+") as file:
         content = file.read()
         file.truncate(content.rfind(b"\n") + 1)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Writes a file so that a reader, or a crash, sees the old content or the new and nothing between."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
