@@ -134,7 +134,7 @@ class Prefix(Mask):
 
     def allowed(self, query_index: Index, kv_index: Index) -> Bool[Array, "B S T"]:
         query, kv = _pair(query_index, kv_index)
-        return (kv <= query) | (kv < self.length_B[:, None, None])
+        return jnp.asarray(kv <= query) | (kv < self.length_B[:, None, None])
 
 
 @jax.tree_util.register_dataclass
