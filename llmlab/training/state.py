@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from llmlab.nn.module import Axes, Params
+from llmlab.optim.transformation import state_axes
 from llmlab.sharding import DEFAULT_RULES, Rules, shardings
 
 
@@ -31,8 +32,6 @@ class LossScale:
     """Factor on the loss."""
     good_steps: Int[Array, ""]
     """Finite steps since the scale last changed."""
-    skipped: Int[Array, ""]
-    """Steps skipped since the run began; the optimizer has seen that many fewer."""
 
     INITIAL = 2.0**15
     MINIMUM = 1.0
@@ -41,11 +40,7 @@ class LossScale:
     @classmethod
     def initial(cls) -> "LossScale":
         """The scale that a run starts with."""
-        return cls(
-            scale=jnp.asarray(cls.INITIAL, jnp.float32),
-            good_steps=jnp.zeros((), jnp.int32),
-            skipped=jnp.zeros((), jnp.int32),  # not the same array: it could not be donated twice
-        )
+        return cls(scale=jnp.asarray(cls.INITIAL, jnp.float32), good_steps=jnp.zeros((), jnp.int32))
 
     def after(self, finite: jax.Array) -> "LossScale":
         """The scale after a step whose gradients were finite, or were not."""
@@ -54,7 +49,6 @@ class LossScale:
         return LossScale(
             scale=jnp.where(finite, grown, jnp.maximum(self.scale / 2, self.MINIMUM)),
             good_steps=jnp.where(finite & ~grow, self.good_steps + 1, 0),
-            skipped=self.skipped + jnp.where(finite, 0, 1),
         )
 
 
@@ -82,8 +76,8 @@ def new_state(
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        optimizer_state=optimizer.init(params),
-        # A copy: two names for one buffer cannot both be donated to a step.
+        # Copies: two names for one buffer (the same zero, the parameters) cannot both be donated to a step.
+        optimizer_state=jax.tree.map(jnp.copy, optimizer.init(params)),
         ema=jax.tree.map(jnp.copy, params) if ema else None,
         loss_scale=LossScale.initial() if precision == "float16" else None,
     )
@@ -116,7 +110,7 @@ def initialise(
 
 
 def state_shardings(state: TrainState, axes: Axes, mesh: jax.sharding.Mesh, rules: Rules = DEFAULT_RULES) -> TrainState:
-    """Where every array of the state lives: parameters by their logical axes, and what mirrors them likewise.
+    """Where every array of the state lives, by the logical names of its dimensions.
 
     Args:
         state: arrays or shapes.
@@ -124,29 +118,16 @@ def state_shardings(state: TrainState, axes: Axes, mesh: jax.sharding.Mesh, rule
         mesh: the devices.
         rules: logical axis name to mesh axes.
 
-    An array of the optimizer's whose path ends in a parameter's path and whose shape is the parameter's (moments,
-    averages) is split like it; everything else is small and lives everywhere.
+    Returns:
+        a state whose leaves are NamedShardings.
     """
     replicated = NamedSharding(mesh, PartitionSpec())
     params = shardings(axes, state.params, mesh, rules)
-    flat_params = jax.tree_util.tree_leaves_with_path(state.params)
-    by_path = {
-        _names(path): (leaf.shape, sharding)
-        for (path, leaf), sharding in zip(flat_params, jax.tree.leaves(params), strict=True)
-    }
-
-    def like_its_parameter(path: Any, leaf: Any) -> NamedSharding:
-        names = _names(path)
-        for start in range(len(names)):
-            shape, sharding = by_path.get(names[start:], (None, replicated))
-            if shape == leaf.shape:
-                return sharding
-        return replicated
-
-    layout: dict[str, Any] = {  # a state whose leaves are shardings where others have arrays
+    optimizer_axes = state_axes(state.optimizer_state, axes)
+    layout: dict[str, Any] = {
         "step": replicated,
         "params": params,
-        "optimizer_state": jax.tree_util.tree_map_with_path(like_its_parameter, state.optimizer_state),
+        "optimizer_state": shardings(optimizer_axes, state.optimizer_state, mesh, rules),
         "ema": None if state.ema is None else params,
         "loss_scale": jax.tree.map(lambda _: replicated, state.loss_scale),
     }
@@ -159,8 +140,3 @@ def abstract(state: TrainState, layout: TrainState | None) -> TrainState:
     if layout is None:
         return shapes
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, layout)
-
-
-def _names(path: Any) -> tuple[str, ...]:
-    # Dict keys only: what lies between (tuples, optax's named tuples) is the optimizer's own.
-    return tuple(str(entry.key) if isinstance(entry, jax.tree_util.DictKey) else repr(entry) for entry in path)

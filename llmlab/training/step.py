@@ -23,13 +23,12 @@ from jaxtyping import Array, Float
 
 from llmlab.nn.module import Params, merge
 from llmlab.objectives import Batch, LossParts, Objective
+from llmlab.optim import transformation as optim
 from llmlab.sharding import DEFAULT_RULES, Rules, activate, spec
 from llmlab.training.state import TrainState
 
 Precision = Literal["float32", "bfloat16", "float16"]
 Metrics = dict[str, Float[Array, ""]]
-TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-EvaluateStep = Callable[[Params, Batch], LossParts]
 
 # fold_in constant that separates dropout from initialisation, which uses the seed's key itself.
 _DROPOUT_KEY = 0xD20
@@ -40,7 +39,6 @@ def make_train_step(
     objective: Objective,
     optimizer: optax.GradientTransformation,
     *,
-    learning_rate: Callable[[Any], Any] | None = None,
     accumulation: int = 1,
     precision: Precision = "float32",
     ema_decay: float | None = None,
@@ -54,8 +52,7 @@ def make_train_step(
     Args:
         graphdef: of the model, from `llmlab.nn.module.split`.
         objective: gives sums over a batch.
-        optimizer: gradients to updates.
-        learning_rate: step number to learning rate, for the metrics only.
+        optimizer: from `Optimizer.build`.
         accumulation: parts of the batch, which it must divide.
         precision: of the arithmetic.
         ema_decay: of the average of the parameters, which the state must then have; None keeps none.
@@ -68,8 +65,6 @@ def make_train_step(
     clipping), "learning_rate"; in float16 "loss_scale" and "skipped", 1 where the gradients were not finite and
     parameters and optimizer state were left as they were.
     """
-    if ema_decay is not None and not 0.0 <= ema_decay < 1.0:
-        raise ValueError(f"ema_decay={ema_decay} is not in [0, 1); 0.999 is usual")
 
     def gradients(state: TrainState, batch: Batch) -> tuple[Params, LossParts]:
         count = objective.count(batch)
@@ -95,24 +90,25 @@ def make_train_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         with activate(mesh, rules) if mesh is not None else contextlib.nullcontext():
             gradient, parts = gradients(state, batch)
-        gradient_norm = optax.tree.norm(gradient)
+        optimizer_state: Any
+        params: Any
         updates, optimizer_state = optimizer.update(gradient, state.optimizer_state, state.params)
-        params: Any = optax.apply_updates(state.params, updates)
-        metrics = per_count(parts, "train") | {"gradient_norm": gradient_norm}
-        loss_scale, updates_done = state.loss_scale, state.step
+        params = optax.apply_updates(state.params, updates)
+        metrics = per_count(parts, "train") | optim.metrics(optimizer_state)
+        loss_scale = state.loss_scale
         if loss_scale is not None:
-            finite = jnp.isfinite(gradient_norm)
+            finite = jnp.isfinite(metrics["gradient_norm"])
             params, optimizer_state = _choose(finite, (params, optimizer_state), (state.params, state.optimizer_state))
-            updates_done -= loss_scale.skipped
             metrics |= {"loss_scale": loss_scale.scale, "skipped": 1.0 - finite}
             loss_scale = loss_scale.after(finite)
-        if learning_rate is not None:
-            metrics["learning_rate"] = jnp.asarray(learning_rate(updates_done), jnp.float32)
+        average = state.ema
+        if ema_decay is not None and average is not None:
+            average = optim.ema_update(average, params, ema_decay, state.step)
         return TrainState(
             step=state.step + 1,
             params=params,
             optimizer_state=optimizer_state,
-            ema=None if ema_decay is None else _average(ema_decay, state.ema, params),
+            ema=average,
             loss_scale=loss_scale,
         ), metrics
 
@@ -153,8 +149,9 @@ def cast(params: Params, precision: Precision) -> Params:
 
 def per_count(parts: LossParts, prefix: str) -> Metrics:
     """Sums as means per counted token, named "<prefix>/<metric>"; the loss is the plain one where there is one."""
+    count = jnp.where(parts.count > 0, parts.count, 1.0)
     sums = {"loss": parts.total} | parts.metrics
-    return {f"{prefix}/{name}": value / parts.count for name, value in sums.items()}
+    return {f"{prefix}/{name}": value / count for name, value in sums.items()}
 
 
 def batch_sharding(mesh: jax.sharding.Mesh, rules: Rules = DEFAULT_RULES) -> NamedSharding:
@@ -164,10 +161,6 @@ def batch_sharding(mesh: jax.sharding.Mesh, rules: Rules = DEFAULT_RULES) -> Nam
 
 def _choose(condition: jax.Array, new: Any, old: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
-
-
-def _average(decay: float, average: Params | None, params: Params) -> Params:
-    return jax.tree.map(lambda a, p: decay * a + (1.0 - decay) * p, average, params)
 
 
 def _sum_over_parts(function: Callable[[Batch, jax.Array | int], Any], batch: Batch, num_parts: int) -> Any:
