@@ -372,6 +372,21 @@ def difference(left: Any, right: Any, path: str = "") -> list[tuple[str, Any, An
     return [] if same else [(path, left, right)]
 
 
+def compact(value: Any) -> str:
+    """Python form of a value, with only those fields of configs that are not at their defaults."""
+    if isinstance(value, tuple):
+        return "(" + ", ".join(map(compact, value)) + ("," if len(value) == 1 else "") + ")"
+    if not dataclasses.is_dataclass(value):
+        return repr(value)
+    parts = []
+    for field in dataclasses.fields(value):
+        content = getattr(value, field.name)
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        if field.init and (type(content) is not type(default) or content != default):
+            parts.append(f"{field.name}={compact(content)}")
+    return f"{type(value).__name__}({', '.join(parts)})"
+
+
 def _has_parts(items: Sequence[Any]) -> bool:
     """Whether a tuple is a row of components rather than one value: (1, 2) is compared as a whole."""
     return any(dataclasses.is_dataclass(item) for item in items)

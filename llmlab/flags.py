@@ -211,8 +211,9 @@ def _did_you_mean(path: str, *candidate_lists: Sequence[str]) -> str:
         return (whole + ends) / 2
 
     for candidates in candidate_lists:
-        near = sorted((candidate for candidate in candidates if likeness(candidate) > 0.6), key=likeness, reverse=True)
-        if near:
+        likely = {candidate: likeness(candidate) for candidate in candidates}
+        near = sorted((name for name in candidates if likely[name] > 0.6), key=lambda name: -likely[name])
+        if near := [candidate for candidate in near if likely[candidate] > likely[near[0]] - 0.1]:
             return f"; did you mean {' or '.join(_flag(candidate) for candidate in near[:3])}?"
     fields = ", ".join(_flag(candidate) for candidate in candidate_lists[0])
     return f"; it has {fields}" if len(candidate_lists) > 1 and fields else "; --help lists all flags"

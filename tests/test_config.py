@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmlab.config import ABSENT, config_hash, difference, from_json, load, load_experiment_file, save, to_json
+from llmlab.config import ABSENT, compact, config_hash, difference, from_json, load, load_experiment_file, save, to_json
 from llmlab.training.config import Train
 
 EXPERIMENT = '''
@@ -343,3 +343,11 @@ def test_an_error_inside_the_file_shows_the_files_own_lines(tmp_path: Path, text
 def test_a_directory_and_another_kind_of_file_are_refused(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "config.yaml"):
         assert "is not an experiment" in _problems(lambda path=path: load_experiment_file(path))
+
+
+def test_the_compact_form_shows_what_is_not_default(module: ModuleType) -> None:
+    assert (
+        compact(module.config()) == "Model(pattern=(Attention(), Attention(num_heads=6, norm=RMSNorm(epsilon=0.001))))"
+    )
+    assert compact((1.0, "a")) == "(1.0, 'a')"
+    assert compact(ABSENT) == "absent"

@@ -60,7 +60,7 @@ def _show(path: Path, flags: Sequence[str]) -> int:
 
 
 def _compare(left: Path, right: Path, *, as_json: bool) -> int:
-    from llmlab.config import difference
+    from llmlab.config import compact, difference
     from llmlab.experiment import read_experiment
 
     differences = difference(read_experiment(left), read_experiment(right))
@@ -76,14 +76,18 @@ def _compare(left: Path, right: Path, *, as_json: bool) -> int:
     from rich.text import Text
 
     table = Table(box=None, padding=(0, 3, 0, 0))
-    for column in ("field", str(left), str(right)):
-        table.add_column(Text(column), overflow="fold")
+    table.add_column("field", overflow="fold", style="cyan")
+    for column in ("left", "right"):
+        table.add_column(column, overflow="fold")
     for path, a, b in differences:
-        table.add_row(Text(path), Text(repr(a)), Text(repr(b)))
+        table.add_row(path, Text(compact(a)), Text(compact(b)))
+    print(f"left   {left}\nright  {right}\n")
     Console(highlight=False).print(table)
     return 0
 
 
 def _plain(value: Any) -> Any:
     """The value itself where JSON has it, its Python form where not."""
-    return value if value is None or isinstance(value, (bool, int, float, str)) else repr(value)
+    from llmlab.config import compact
+
+    return value if value is None or isinstance(value, (bool, int, float, str)) else compact(value)
