@@ -121,8 +121,13 @@ def _field_docs(cls: type) -> dict[str, str]:
 
 def concrete(base: type) -> list[type]:
     """The classes that can stand where `base` is asked for, as far as they are imported."""
-    found = [] if inspect.isabstract(base) or not dataclasses.is_dataclass(base) else [base]
-    for child in base.__subclasses__():
+    children = base.__subclasses__()
+    # A class without fields that others derive from is a category, whether it has abstract methods or not.
+    category = (
+        inspect.isabstract(base) or not dataclasses.is_dataclass(base) or (children and not dataclasses.fields(base))
+    )
+    found = [] if category else [base]
+    for child in children:
         found += [cls for cls in concrete(child) if cls not in found]
     return found
 
