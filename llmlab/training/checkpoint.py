@@ -1,0 +1,292 @@
+"""Checkpoints: the state of a run on disk, written beside the training, read back bit for bit.
+
+    checkpoints/<step>/params/     parameters, which is all that using the model needs
+                       ema/        their average, where one is kept
+                       training/   step, optimizer state, loss scale
+                       meta/       a few numbers: the validation loss at this step, ...
+                       digests.json
+
+orbax writes them: asynchronously (the copy to the host blocks, the disk does not) and atomically (a directory gets its
+name when everything in it is on disk; what a killed process leaves has another name and is removed at the next
+start). Its own checksums do not cover the payload, so every file's SHA-256 is written beside it and verified before
+anything is restored. What fails is moved to `quarantine/`, never deleted, and the newest good checkpoint is used.
+Later ones go there as well: a run that went back must not find steps of its former future.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from llmlab.nn.module import Params
+from llmlab.training.directory import write_json
+from llmlab.training.state import TrainState
+
+DIGESTS = "digests.json"
+_DELETED = ".deleted-"
+_ITEMS = ("params", "ema", "training", "meta")
+
+
+class Checkpoints:
+    """The checkpoints of one run that is being trained.
+
+    Args:
+        directory: where they are; made where it is missing.
+        quarantine: where damaged ones go.
+        keep_last: how many of the newest stay.
+        keep_best: how many of those with the lowest validation loss stay besides.
+        tell: called with a sentence about anything that is not as it should be.
+    """
+
+    def __init__(
+        self, directory: Path, quarantine: Path, *, keep_last: int, keep_best: int, tell: Callable[[str], None]
+    ) -> None:
+        import orbax.checkpoint as ocp
+
+        self.directory = directory.absolute()
+        self._quarantine = quarantine
+        self._keep_last, self._keep_best, self._tell = keep_last, keep_best, tell
+        self._writing: _Writing | None = None
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for leftover in [*self.directory.glob(f"{_DELETED}*"), *self.directory.glob("*.orbax-checkpoint-tmp*")]:
+            shutil.rmtree(leftover, ignore_errors=True)
+        # Which checkpoints to keep is decided here: orbax counts a checkpoint before its digests are written.
+        options = ocp.CheckpointManagerOptions(max_to_keep=None, save_root_metadata=False)
+        self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=_ITEMS)
+        self._losses: dict[int, float | None] = {step: _validation_loss(self._path(step)) for step in self.steps()}
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints on disk, in ascending order."""
+        return saved_steps(self.directory)
+
+    def save(self, state: TrainState, step: int, meta: Mapping[str, float]) -> None:
+        """Begins to save the state after `step` steps; returns when the state may be given up.
+
+        A step that is saved already stays as it is.
+
+        Raises:
+            RuntimeError: orbax declined. Errors of the disk show here, at the next `save`, `poll` or `close`.
+        """
+        import orbax.checkpoint as ocp
+
+        self.wait()
+        if step in self._losses:
+            return
+        training = {"step": state.step, "optimizer_state": state.optimizer_state, "loss_scale": state.loss_scale}
+        items: dict[str, Any] = {
+            "params": ocp.args.StandardSave(state.params),
+            "training": ocp.args.StandardSave(training),
+            "meta": ocp.args.JsonSave(dict(meta)),
+        }
+        if state.ema is not None:
+            items["ema"] = ocp.args.StandardSave(state.ema)
+        # force: without it orbax declines, silently, whatever is not later than all it has seen.
+        if not self._manager.save(step, args=ocp.args.Composite(**items), force=True):
+            raise RuntimeError(f"the checkpoint of step {step} was not saved: orbax declined")
+        self._losses[step] = meta.get("validation/loss")
+        self._writing = _Writing(step, self._path(step), self._manager.wait_until_finished)
+
+    def poll(self) -> int | None:
+        """The step of a save that has finished since the last call, if one has. Costs nothing."""
+        return self.wait() if self._writing is not None and self._writing.finished else None
+
+    def wait(self) -> int | None:
+        """Waits for the save that is under way, and returns its step."""
+        if self._writing is None:
+            return None
+        writing, self._writing = self._writing, None
+        writing.join()
+        self._prune()
+        return writing.step
+
+    def close(self) -> None:
+        """Waits for everything to be on disk. Errors of a save that is still under way show here."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+    def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+        """The newest good checkpoint's state, and its meta; None where there is none.
+
+        Args:
+            abstract: shapes, types and shardings of the state.
+
+        Raises:
+            ValueError: the checkpoint is whole but is not of this model or optimizer.
+        """
+        for step in reversed(self.steps()):
+            problem = verify(self._path(step))
+            if problem is None:
+                return self._restore(step, abstract)
+            place = self._set_aside(step)
+            self._tell(f"the checkpoint of step {step} is damaged ({problem}); it was moved to {place}")
+        return None
+
+    def _restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        import orbax.checkpoint as ocp
+
+        training = {
+            "step": abstract.step,
+            "optimizer_state": abstract.optimizer_state,
+            "loss_scale": abstract.loss_scale,
+        }
+        items: dict[str, Any] = {
+            "params": ocp.args.StandardRestore(abstract.params),
+            "training": ocp.args.StandardRestore(training),
+            "meta": ocp.args.JsonRestore(),
+        }
+        if abstract.ema is not None:
+            items["ema"] = ocp.args.StandardRestore(abstract.ema)
+        self._manager.reload()
+        try:
+            restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        except (ValueError, KeyError) as error:  # its digests are right, so the question was wrong
+            raise ValueError(
+                f"the checkpoint of step {step} does not fit this experiment's model, optimizer or precision, so the "
+                f"run cannot go on from it; start another one with --out. ({str(error).splitlines()[0]})"
+            ) from error
+        state = TrainState(
+            params=restored["params"], ema=restored["ema"] if abstract.ema is not None else None, **restored["training"]
+        )
+        return state, dict(restored["meta"])
+
+    def _path(self, step: int) -> Path:
+        return self.directory / str(step)
+
+    def _set_aside(self, step: int) -> Path:
+        self._quarantine.mkdir(parents=True, exist_ok=True)
+        taken = {path.name for path in self._quarantine.iterdir()}
+        names = (f"checkpoint-{step}" + (f"-{i}" if i else "") for i in range(len(taken) + 1))
+        place = self._quarantine / next(name for name in names if name not in taken)
+        self._path(step).rename(place)
+        self._losses.pop(step, None)
+        self._manager.reload()
+        return place
+
+    def _prune(self) -> None:
+        """Removes what is neither among the newest nor among the best."""
+        steps = self.steps()
+        scored = sorted((loss, step) for step in steps if (loss := self._losses.get(step)) is not None)
+        keep = {*steps[-self._keep_last :], *(step for _, step in scored[: self._keep_best])}
+        for step in steps:
+            if step not in keep:
+                # Renamed first: a half-deleted directory would look like a checkpoint.
+                doomed = self.directory / f"{_DELETED}{step}"
+                self._path(step).rename(doomed)
+                shutil.rmtree(doomed, ignore_errors=True)
+                self._losses.pop(step, None)
+        self._manager.reload()
+
+
+class _Writing:
+    """A save under way: a thread that waits for orbax and then writes the digests."""
+
+    def __init__(self, step: int, path: Path, wait_until_finished: Callable[[], None]) -> None:
+        self.step = step
+        self._error: BaseException | None = None
+
+        def run() -> None:
+            try:
+                wait_until_finished()
+                write_json(path / DIGESTS, {"files": digests(path)})
+            except BaseException as error:  # raised by join, in the thread that trains
+                self._error = error
+
+        self._thread = threading.Thread(target=run, name="llmlab-checkpoint")
+        self._thread.start()
+
+    @property
+    def finished(self) -> bool:
+        return not self._thread.is_alive()
+
+    def join(self) -> None:
+        self._thread.join()
+        if self._error is not None:
+            raise OSError(f"the checkpoint of step {self.step} could not be written: {self._error}") from self._error
+
+
+def saved_steps(checkpoints: Path) -> list[int]:
+    """Steps of the complete checkpoints in a directory, in ascending order."""
+    if not checkpoints.is_dir():
+        return []
+    return sorted(int(path.name) for path in checkpoints.iterdir() if path.name.isdigit() and path.is_dir())
+
+
+def digests(path: Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file below a directory, by relative path."""
+    found = {}
+    for file in sorted(path.rglob("*")):
+        if file.is_file() and file.relative_to(path).parts != (DIGESTS,):
+            with file.open("rb") as content:
+                found[file.relative_to(path).as_posix()] = {
+                    "size": os.fstat(content.fileno()).st_size,
+                    "sha256": hashlib.file_digest(content, "sha256").hexdigest(),
+                }
+    return found
+
+
+def verify(path: Path) -> str | None:
+    """What is wrong with a checkpoint, or None where every file is what was written."""
+    try:
+        expected = json.loads((path / DIGESTS).read_bytes())["files"]
+    except FileNotFoundError:
+        return f"it has no {DIGESTS}: the process was killed while it was being completed"
+    except (ValueError, KeyError, TypeError):
+        return f"{DIGESTS} cannot be read"
+    found = digests(path)
+    for name, entry in expected.items():
+        if name not in found:
+            return f"{name} is missing"
+        if found[name]["size"] != entry["size"]:
+            return f"{name} has {found[name]['size']} bytes, not {entry['size']}"
+        if found[name] != entry:
+            return f"{name} is not what was written: its SHA-256 differs"
+    return None
+
+
+def restore_params(checkpoints: Path, abstract: Params, *, step: int | None = None, ema: bool = False) -> Params:
+    """Parameters of a run's checkpoint, without touching the run: it may be training at this moment.
+
+    Args:
+        checkpoints: the run's checkpoint directory.
+        abstract: shapes, types and shardings.
+        step: which checkpoint; None for the newest good one.
+        ema: the average instead of the parameters themselves.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+        ValueError: it is damaged, or not of these shapes.
+    """
+    import orbax.checkpoint as ocp
+
+    steps = saved_steps(checkpoints)
+    if step is not None and step not in steps:
+        raise FileNotFoundError(f"{checkpoints} has no checkpoint of step {step}; there are {steps or 'none'}")
+    problems = []
+    for candidate in reversed(steps) if step is None else [step]:
+        path = (checkpoints / str(candidate)).absolute()
+        problem = verify(path)
+        if problem is not None:
+            problems.append(f"step {candidate}: {problem}")
+            continue
+        item = path / ("ema" if ema else "params")
+        if not item.is_dir():
+            raise ValueError(f"{path} holds no average of the weights: the run was trained without (optimizer.ema)")
+        with contextlib.closing(ocp.StandardCheckpointer()) as checkpointer:
+            return checkpointer.restore(item, abstract)
+    if problems:
+        raise ValueError(f"no checkpoint in {checkpoints} is whole: {'; '.join(problems)}")
+    raise FileNotFoundError(f"{checkpoints} holds no checkpoint yet: the run has not saved one")
+
+
+def _validation_loss(path: Path) -> float | None:
+    try:
+        return json.loads((path / "meta" / "metadata").read_bytes()).get("validation/loss")
+    except (OSError, ValueError):
+        return None  # damaged: found out, and dealt with, if it is ever restored

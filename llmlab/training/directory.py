@@ -1,0 +1,100 @@
+"""The run directory: what is in it, who may write to it, and what is never done to it.
+
+    config.json        the resolved experiment, written before anything else: its presence makes a directory a run
+    provenance.json    what code, machine and data made the run
+    metrics.jsonl      one JSON object a line, the truth about the run
+    summary.json       final metrics, written when the run is complete: its presence makes a run finished
+    tensorboard/       the metrics again, for TensorBoard
+    tokenizer/         the tokenizer
+    checkpoints/       the state after some of the steps
+    quarantine/        damaged checkpoints, kept for whoever wants to look
+    run.lock           held by the process that trains
+
+Files are replaced by renaming a complete new one over the old, so a crash leaves one or the other, never a torn one.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+
+class RunDirectory:
+    """Paths of a run, and the lock on it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.json"
+        self.provenance = path / "provenance.json"
+        self.metrics = path / "metrics.jsonl"
+        self.summary = path / "summary.json"
+        self.tensorboard = path / "tensorboard"
+        self.tokenizer = path / "tokenizer"
+        self.checkpoints = path / "checkpoints"
+        self.quarantine = path / "quarantine"
+        self.lock_file = path / "run.lock"
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Makes the directory and keeps other processes out until the end, however this process ends.
+
+        Raises:
+            ValueError: another live process trains here, or the directory holds something that is not a run.
+        """
+        self._check_ours()
+        self.path.mkdir(parents=True, exist_ok=True)
+        with self.lock_file.open("a+", encoding="utf-8") as file:
+            if not _try_lock(file.fileno()):
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                raise ValueError(
+                    f"{self.path} is held by {holder}, which is training in it; wait for it, stop it, or choose "
+                    "another directory with --out"
+                )
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+            yield
+
+    def _check_ours(self) -> None:
+        if not self.path.exists():
+            return
+        if not self.path.is_dir():
+            raise ValueError(f"{self.path} is a file; choose another directory with --out")
+        if self.config.exists() or all(entry.name == self.lock_file.name for entry in self.path.iterdir()):
+            return
+        raise ValueError(
+            f"{self.path} exists, is not empty and is not a run (it has no config.json); it is left as it is: choose "
+            "another directory with --out"
+        )
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a file by one with this text, completely or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Replaces a file by one with this value as JSON, completely or not at all."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def _try_lock(descriptor: int) -> bool:
+    if sys.platform == "win32":
+        return True  # no flock there
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -1,0 +1,120 @@
+"""What can stop a run, and how it stops.
+
+    Ctrl-C (SIGINT)    save, say how to resume, exit code 130
+    SIGTERM            the same with exit code 42, which job schedulers take as "preempted, run me again"
+    a loss of NaN      stop before anything is overwritten, name the last good checkpoint and what to try
+
+A handler that only sets a flag does nothing while nobody looks, and one that raises can leave a half-written anything.
+So there are two modes: preparation (tokenizing, compiling) has nothing to save and is left at once by an exception;
+training looks at the flag between steps and between batches of an evaluation. A second signal always raises.
+"""
+
+import contextlib
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from types import FrameType
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+_EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 42}
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked the run to stop. Not an Exception: code that survives errors must not survive this."""
+
+    def __init__(self, number: int, step: int | None = None) -> None:
+        self.signal = signal.Signals(number)
+        self.step = step
+        """Steps that the checkpoint saved on the way out holds; None where training had not begun."""
+        super().__init__(f"stopped by {self.signal.name}")
+
+    @property
+    def exit_code(self) -> int:
+        """130 for Ctrl-C, 42 for a preemption."""
+        return _EXIT_CODES.get(self.signal, 1)
+
+
+class NonFiniteError(ArithmeticError):
+    """The loss or the gradient is not a number any more: going on would only write NaN over good parameters."""
+
+    def __init__(self, step: int, metrics: Mapping[str, float], last_good: int | None) -> None:
+        self.step = step
+        self.last_good = last_good
+        numbers = ", ".join(f"{name}={value:g}" for name, value in metrics.items() if not math.isfinite(value))
+        saved = f"the last good checkpoint is of step {last_good}" if last_good else "there is no checkpoint yet"
+        super().__init__(
+            f"{numbers} at step {step}; {saved}. Try a lower peak learning rate (--optimizer.peak-lr), a longer "
+            "warm-up, clipping (--optimizer.clip-norm 1), or --train.precision float32; the same command again "
+            "would come to the same step and the same numbers"
+        )
+
+
+class Interruption:
+    """Watches for SIGINT and SIGTERM while it is entered (in the main thread; elsewhere it watches nothing)."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._raise_at_once = True
+
+    def __enter__(self) -> "Interruption":
+        self._previous: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in _EXIT_CODES:
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        again = self.signal is not None
+        self.signal = number
+        if self._raise_at_once or again:
+            raise Interrupted(number)
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Inside, a first signal waits for `requested` to be looked at."""
+        self._raise_at_once = False
+        try:
+            yield
+        finally:
+            self._raise_at_once = True
+
+    @property
+    def requested(self) -> bool:
+        """Whether a signal asked the run to stop."""
+        return self.signal is not None
+
+
+def in_background(function: Callable[[], T]) -> "Future[T]":
+    """Runs a long call that cannot be interrupted (XLA's compiler) beside the main thread, which stays responsive.
+
+    A daemon thread: a process that was asked to stop does not wait for it.
+    """
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="llmlab-background", daemon=True).start()
+    return future
+
+
+def wait(future: "Future[T]") -> T:
+    """The future's result; signals are handled while waiting, which a plain `result()` would put off."""
+    while True:
+        try:
+            return future.result(timeout=0.1)
+        except FutureTimeoutError:
+            if future.done():  # the function's own TimeoutError
+                raise
