@@ -1,0 +1,115 @@
+"""From a data config and a tokenizer to a data set."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+
+from llmlab.data.config import Data, Weighted
+from llmlab.data.dataset import Dataset, TrainSplit, ValidationSplit, check_sizes
+from llmlab.data.packing import Corpus, Layout
+from llmlab.data.sources import Report, Source
+from llmlab.data.splitting import validation_below
+from llmlab.data.store import Frame, TokenStore, open_or_build
+from llmlab.tokenizers.base import Tokenizer
+
+
+def build(
+    data: Data,
+    tokenizer: Tokenizer,
+    *,
+    sequence_length: int,
+    batch_size: int,
+    seed: int,
+    cache_dir: Path | None,
+    report: Report | None,
+) -> Dataset:
+    """The data set of a config; `Data.build` says what the arguments are."""
+    check_sizes(sequence_length=sequence_length, batch_size=batch_size, seed=seed)
+    frame = choose_frame(tokenizer, bos=data.bos, isolate=data.isolate)
+
+    def store_of(source: Source) -> TokenStore:
+        return open_or_build(source, tokenizer, frame, cache_dir=cache_dir, report=report)
+
+    train: list[Corpus] = []
+    validation: list[Corpus] = []
+    stores: list[tuple[Source, TokenStore]] = []
+    for part in data.weighted():
+        stores.append((part.source, store_of(part.source)))
+        if part.validation is None:
+            sides = _split(stores[-1][1], part, data.validation_fraction)
+        else:
+            stores.append((part.validation, store_of(part.validation)))
+            sides = (_whole(stores[-2][1]), _whole(stores[-1][1]))
+        train.append(sides[0])
+        validation.append(sides[1])
+    pad_id = 0 if tokenizer.pad_id is None else tokenizer.pad_id
+    layout = Layout(sequence_length=sequence_length, isolate=data.isolate, pad_id=pad_id)
+    weights = [part.weight for part in data.weighted()]
+    made_from = [store.fingerprint for _, store in stores], weights, data.isolate, data.validation_fraction
+    return Dataset(
+        train=TrainSplit(train, weights, layout, batch_size=batch_size, seed=seed),
+        validation=ValidationSplit(validation, layout, batch_size=batch_size),
+        vocab_size=tokenizer.vocab_size,
+        fingerprint=hashlib.sha256(json.dumps(made_from).encode()).hexdigest(),
+        sources=tuple(_describe(source, store) for source, store in stores),
+        remarks=tuple(_remarks(stores, train, validation)),
+    )
+
+
+def choose_frame(tokenizer: Tokenizer, *, bos: bool, isolate: bool) -> Frame:
+    """The tokens around every document: the tokenizer's bos, if wanted, and its eos, where it has them.
+
+    In plain concatenation, a token that is both (GPT-2's) stands between documents once, not twice.
+    """
+    shared = tokenizer.bos_id == tokenizer.eos_id and not isolate
+    return Frame(bos=tokenizer.bos_id if bos and not shared else None, eos=tokenizer.eos_id)
+
+
+def _whole(store: TokenStore) -> Corpus:
+    return Corpus.select(store, np.ones(len(store.hashes), bool))
+
+
+def _split(store: TokenStore, part: Weighted, fraction: float) -> tuple[Corpus, Corpus]:
+    """Training and validation documents of a source that has no validation documents of its own."""
+    chosen = store.hashes < np.uint64(validation_below(fraction))
+    sides = Corpus.select(store, ~chosen), Corpus.select(store, chosen)
+    for name, side in zip(("training", "validation"), sides, strict=True):
+        if not side.num_documents:
+            raise ValueError(
+                f"validation_fraction={fraction} leaves no document for {name}: {part.source} has "
+                f"{len(chosen)} document{'s' if len(chosen) > 1 else ''}, and a split never cuts one; give validation "
+                "documents of their own (validation=TextFiles(...)), cut files into more documents "
+                r'(TextFiles(..., separator="\n\n")), or change validation_fraction'
+            )
+    return sides
+
+
+def _describe(source: Source, store: TokenStore) -> dict[str, object]:
+    return {
+        "source": repr(source),
+        "fingerprint": store.fingerprint,
+        "documents": len(store.hashes),
+        "tokens": int(store.offsets[-1]),
+        "bytes": int(store.num_bytes.sum()),
+        "skipped": store.num_skipped,
+    }
+
+
+def _remarks(stores: list[tuple[Source, TokenStore]], train: list[Corpus], validation: list[Corpus]) -> list[str]:
+    remarks = []
+    for source, store in stores:
+        if store.rebuilt:
+            remarks.append(f"a damaged token store was built again: {store.rebuilt}")
+        if store.num_skipped:
+            remarks.append(
+                f"{store.num_skipped} piece{'s' if store.num_skipped > 1 else ''} of {source} could not be read and "
+                f"{'were' if store.num_skipped > 1 else 'was'} skipped: {'; '.join(store.skipped[:3])}"
+                f"{'; ...' if store.num_skipped > 3 else ''}"
+            )
+    held_out = np.concatenate([corpus.hashes for corpus in validation])
+    seen = int(np.isin(held_out, np.concatenate([corpus.hashes for corpus in train])).sum())
+    if seen:
+        remarks.append(f"{seen} of {len(held_out)} validation documents are training documents as well")
+    return remarks
