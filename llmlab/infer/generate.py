@@ -8,9 +8,9 @@ pair of buckets compiles once however many prompts follow. A row's result does n
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,11 +28,8 @@ _SMALLEST_BUCKET = 64
 _STEPS_PER_CALL = 8
 
 
-class TextStream(Protocol):
-    """Called with the number of the prompt and each new piece of its text."""
-
-    def __call__(self, prompt: int, text: str) -> None:
-        """Take one piece."""
+TextStream = Callable[[int, str], None]
+"""Called with the number of the prompt and each new piece of its text."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from llmlab.infer.sampling import Sampling
 from llmlab.models.config import Transformer
 from llmlab.models.gpt2 import gpt2
 from llmlab.models.llama import llama
+from llmlab.nn.module import merge, split
 from llmlab.nn.positions import ALiBi
 from llmlab.tokenizers import Bytes
 
@@ -49,12 +50,13 @@ def tokens(seed: int, *shape: int) -> np.ndarray:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_cached_decoding_gives_the_logits_of_the_full_forward_pass(name):
     model, ids = build(name), jnp.asarray(tokens(0, 2, 24))
-    full = model(ids).logits
-    cache = new_cache(model.config, 2, 32)
-    first = model(ids[:, :10], cache=cache)
+    graphdef, params = split(model)
+    forward = jax.jit(lambda params, **inputs: merge(graphdef, params)(**inputs))
+    full = forward(params, input_ids=ids).logits
+    first = forward(params, input_ids=ids[:, :10], cache=new_cache(model.config, 2, 32))
     steps, cache = [first.logits], first.cache
-    for position in range(10, 24):
-        output = model(ids[:, position : position + 1], position_ids=jnp.full((2, 1), position), cache=cache)
+    for at in range(10, 24):
+        output = forward(params, input_ids=ids[:, at : at + 1], position_ids=jnp.full((2, 1), at), cache=cache)
         steps, cache = [*steps, output.logits], output.cache
     # the same float32 sums in another order, over logits of size one
     np.testing.assert_allclose(jnp.concatenate(steps, axis=1), full, rtol=1e-5, atol=1e-5)
@@ -74,10 +76,13 @@ def test_a_row_of_a_batch_equals_the_row_alone(name, sampling):
 
 def test_greedy_decoding_is_the_argmax_of_the_full_forward_pass():
     model, prompt = build("llama-gqa"), tokens(1, 6).tolist()
+    graphdef, params = split(model)
+    forward = jax.jit(lambda params, ids: merge(graphdef, params)(ids).logits)
     generated = [int(t[0]) for t in generate_ids(model, [prompt], max_new_tokens=11, sampling=Sampling(temperature=0))]
     expected, ids = [], list(prompt)
     for _ in range(11):
-        expected.append(int(jnp.argmax(model(jnp.asarray([ids])).logits[0, -1])))
+        padded = jnp.asarray([ids + [0] * (20 - len(ids))])  # one shape, one compilation; causal attention ignores it
+        expected.append(int(jnp.argmax(forward(params, padded)[0, len(ids) - 1])))
         ids.append(expected[-1])
     assert generated == expected
 
@@ -98,11 +103,9 @@ def test_bucket_is_a_power_of_two_within_the_limit():
 
 def test_generation_stops_where_the_positions_end():
     model = build("gpt2")  # 80 positions
-    (completion,) = generate(model, Bytes().build(None), "x" * 70, max_new_tokens=50, sampling=Sampling(seed=0))
-    if completion.finish_reason == "position":
-        assert len(completion.token_ids) == 11  # positions 70..79 are fed back, the last one is scored
-    else:
-        assert completion.finish_reason == "stop"
+    (completion,) = generate(model, Bytes().build(None), "x" * 69, max_new_tokens=50, sampling=Sampling(seed=0))
+    assert completion.finish_reason == "position"
+    assert len(completion.token_ids) == 11  # bos and 69 bytes leave positions 70..79, and the last one is scored
 
 
 def test_a_prompt_beyond_the_positions_says_how_long_it_may_be():
