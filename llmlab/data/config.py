@@ -116,7 +116,7 @@ class Data(abc.ABC):
 
 @dataclass(frozen=True)
 class Packed(Data):
-    """One source."""
+    """One source's documents, split, tokenized and packed into rows."""
 
     source: Source
     """The documents."""

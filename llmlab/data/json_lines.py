@@ -107,12 +107,13 @@ def _unpack_zstandard(file: BinaryIO) -> Iterator[bytes]:
     """The content of a file of zstd frames. The library's own reader takes a truncated file for a complete one."""
     import zstandard
 
-    unpacker = zstandard.ZstdDecompressor().decompressobj()
+    decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)  # what `zstd --long=31` writes
+    unpacker = decompressor.decompressobj()
     fresh = True
     while data := file.read(_CHUNK):
         while data:
             if unpacker.eof:
-                unpacker = zstandard.ZstdDecompressor().decompressobj()
+                unpacker = decompressor.decompressobj()
             try:
                 yield unpacker.decompress(data)
             except zstandard.ZstdError as error:

@@ -5,6 +5,7 @@ TensorFlow (it would take all of a GPU's memory). Preparing one is a step of its
 module opens what is on disk and never downloads.
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,7 @@ class TFDS(Source):
         import tensorflow_datasets as tfds
         from tensorflow_datasets.core import constants, read_only_builder
 
-        where = str(self.data_dir or constants.DATA_DIR)
+        where = os.path.expanduser(self.data_dir or constants.DATA_DIR)
         arguments = f"{self.name!r}, data_dir={where!r}, file_format='array_record'"
         prepare = f'python -c "import tensorflow_datasets as t; t.builder({arguments}).download_and_prepare()"'
         try:

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -121,6 +122,18 @@ def test_validation_documents_that_are_trained_on_are_remarked(
     dataset = build(Packed(corpus, validation=held_out), tokenizer)
     assert dataset.remarks == ("2 of 3 validation documents are training documents as well",)
     assert build(Packed(corpus), tokenizer).remarks == ()
+
+
+def test_skipped_files_and_rebuilt_stores_are_remarked(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    for i in range(20):
+        (tmp_path / f"{i:02}.txt").write_bytes(b"\xff" if i < 2 else str(i).encode())
+    data = Packed(TextFiles(str(tmp_path / "*.txt"), on_error="skip"), validation_fraction=0.5)
+    (skipped,) = build(data, tokenizer, cache_dir=tmp_path).remarks
+    assert re.search(r"2 pieces of TextFiles.* were skipped: .*00.txt: not UTF-8.*; .*01.txt: not UTF-8", skipped)
+    next(tmp_path.glob("tokens/*/tokens.bin")).write_bytes(b"")
+    rebuilt, still_skipped = build(data, tokenizer, cache_dir=tmp_path).remarks
+    assert re.search(r"damaged token store was built again: .*tokens.bin has 0 bytes", rebuilt)
+    assert still_skipped == skipped
 
 
 def test_documents_are_framed_so_that_their_first_token_is_predicted(corpus: Source, tokenizer: Tokenizer) -> None:

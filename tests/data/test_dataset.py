@@ -77,6 +77,13 @@ def test_epochs_and_seeds_differ_in_the_order_of_documents_and_of_rows(corpus_of
     assert len({tuple(order) for order in orders}) == 4
 
 
+def test_rows_are_cut_at_other_places_in_every_epoch(corpus_of: CorpusOf) -> None:
+    documents = [list(range(30 * i, 30 * i + 7)) for i in range(40)]
+    split = train_split(corpus_of, documents, batch_size=1)
+    epochs = [set(stacked(split, range(47 * epoch, 47 * epoch + 47))["input_ids"][:, 0]) for epoch in range(2)]
+    assert epochs[0] != epochs[1]  # were the documents in the same order, the rows would begin with the same tokens
+
+
 def test_rows_of_one_long_document_are_spread_over_the_epoch(corpus_of: CorpusOf) -> None:
     long, short = list(range(0, 600)), [list(range(1000 * i, 1000 * i + 60)) for i in range(1, 31)]
     split = train_split(corpus_of, [long, *short], batch_size=20)  # 100 rows are the long one's, 300 the others'
@@ -112,6 +119,14 @@ def test_validation_scores_every_token_exactly_once(
     assert Counter(scored.tolist()) == expected
     assert split.num_tokens == len(scored)
     assert not batches["segment_ids"][batches["input_ids"] == 999].any()
+
+
+def test_the_first_validation_batches_are_a_sample_of_all_documents(corpus_of: CorpusOf) -> None:
+    corpus = corpus_of([[i] * 6 for i in range(100)])  # a row each
+    split = ValidationSplit([corpus], LAYOUT, batch_size=10)
+    first = stacked(split, range(3))["input_ids"][:, 0]
+    # The mean of 30 of 0..99 has a standard deviation of 4.4 around 49.5; the first 30 alone have the mean 14.5.
+    assert 32 < first.mean() < 67
 
 
 def test_validation_is_in_the_same_order_for_any_number_of_hosts_and_ends(corpus_of: CorpusOf) -> None:

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import multiprocessing.pool
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -190,6 +191,29 @@ def test_a_damaged_store_is_noticed_and_built_again(
     assert documents(after) == [[256, *text.encode(), 257] for text in ("one", "two")]
     assert open_or_build(source, tokenizer, FRAME, cache_dir=tmp_path).rebuilt == ""
     assert directories(tmp_path) == [directory]
+
+
+def test_of_tokens_too_large_to_hash_at_every_opening_the_size_is_checked(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "_ALWAYS_VERIFY", 1)
+    fingerprint = open_or_build(Texts(("one", "two")), tokenizer, FRAME, cache_dir=tmp_path).fingerprint
+    (directory,) = directories(tmp_path)
+    assert documents(open_store(directory, fingerprint)) == [[256, *b"one", 257], [256, *b"two", 257]]
+    truncate(directory / "tokens.bin")
+    with pytest.raises(DamagedStoreError, match=r"tokens.bin has 19 bytes where its manifest says 20"):
+        open_store(directory, fingerprint)
+
+
+def test_the_work_of_a_builder_on_another_host_is_left_alone(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    store = open_or_build(Texts(("one",)), tokenizer, FRAME, cache_dir=tmp_path)
+    (directory,) = directories(tmp_path)
+    shutil.rmtree(directory)
+    dead, alive = (directory.with_name(f"{directory.name}.building-{host}-0") for host in (socket.gethostname(), "far"))
+    dead.mkdir()
+    alive.mkdir()
+    assert open_or_build(Texts(("one",)), tokenizer, FRAME, cache_dir=tmp_path).fingerprint == store.fingerprint
+    assert set(directories(tmp_path)) == {directory, alive}
 
 
 @pytest.mark.parametrize(
