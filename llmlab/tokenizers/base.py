@@ -32,7 +32,7 @@ from llmlab.tokenizers.storage import write_manifest
 
 Ids = Sequence[int] | Int[np.ndarray, " S"]
 Texts = Callable[[], Iterator[str]]
-Progress = Callable[[str], None]
+Progress = Callable[[int, int | None, str], None]  # how much of how much (None: unknown) of what is done
 Frame = tuple[tuple[int, ...], tuple[int, ...]]
 
 
@@ -46,7 +46,7 @@ class TokenizerConfig(ABC):
 
         Args:
             texts: called for a fresh iterator over the documents of the training corpus; only needed for training.
-            progress: told, in a sentence at a time, what is being done.
+            progress: called as progress(done, total, what) while the corpus is read; total is None, being unknown.
 
         Raises:
             ValueError: the corpus is missing, empty or too small for the vocabulary, or a file is corrupt.

@@ -11,7 +11,6 @@ truncation that it asks for are not applied, since both are arguments here.
 
 import functools
 import json
-import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -91,7 +90,7 @@ class ByteLevelBPE(TokenizerConfig):
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
-        _fit(library, sample, trainer, self.vocab_size, self.min_frequency, progress)
+        _fit(library, sample, trainer, self.vocab_size, self.min_frequency)
         return _finished(library, self.special)
 
 
@@ -149,7 +148,7 @@ class WordPiece(TokenizerConfig):
             limit_alphabet=len(alphabet),
             show_progress=False,
         )
-        _fit(library, sample, trainer, self.vocab_size, self.min_frequency, progress)
+        _fit(library, sample, trainer, self.vocab_size, self.min_frequency)
         model = models.WordPiece(
             vocab=library.get_vocab(), unk_token=str(self.special.unk), continuing_subword_prefix=_CONTINUING
         )
@@ -305,18 +304,8 @@ def _sample(texts: Texts | None, max_bytes: int | None, seed: int, progress: Pro
     return sample_text(texts(), max_bytes, seed=seed, progress=progress)
 
 
-def _fit(
-    library: "tokenizers.Tokenizer",
-    sample: Sample,
-    trainer: Any,
-    vocab_size: int,
-    min_frequency: int,
-    progress: Progress | None,
-) -> None:
+def _fit(library: "tokenizers.Tokenizer", sample: Sample, trainer: Any, vocab_size: int, min_frequency: int) -> None:
     """Trains, and raises ValueError where the corpus has fewer tokens than asked for."""
-    if progress is not None:
-        progress(f"training the tokenizer: {vocab_size:,} tokens, on {sample}")
-    start = time.perf_counter()
     library.train_from_iterator(sample.blocks, trainer=trainer, length=len(sample.blocks))
     found = library.get_vocab_size()
     if found < vocab_size:
@@ -324,8 +313,6 @@ def _fit(
             f"vocab_size={vocab_size} is more than this corpus supports: {sample} gives at most {found} with "
             f"min_frequency={min_frequency}; use vocab_size={found}, or more text"
         )
-    if progress is not None:
-        progress(f"trained the tokenizer in {time.perf_counter() - start:.1f} s")
 
 
 def _finished(library: "tokenizers.Tokenizer", special: SpecialTokens) -> HuggingFaceTokenizer:

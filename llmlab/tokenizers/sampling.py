@@ -16,7 +16,7 @@ from llmlab.tokenizers.base import Progress
 # Characters; at most 16 KiB of UTF-8. Much smaller than any sample, so that the bound is nearly reached.
 _BLOCK = 4096
 SMALLEST_SAMPLE = 1 << 16
-_REPORT_BYTES = 32_000_000
+_REPORT_BYTES = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,9 @@ def sample_text(
         documents += 1
         if progress is not None and corpus_bytes > next_report + _REPORT_BYTES:
             next_report = corpus_bytes
-            progress(f"reading text for the tokenizer: {megabytes(corpus_bytes)}, {documents:,} documents")
+            progress(documents, None, "documents")
+    if progress is not None:
+        progress(documents, documents, "documents")
     blocks = tuple(block for _, _, _, block in sorted(kept, key=lambda entry: entry[1]))
     if not any(block.strip() for block in blocks):
         raise ValueError(

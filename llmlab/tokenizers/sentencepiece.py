@@ -20,7 +20,6 @@ llmlab therefore writes that character as three bytes, and a space without a pie
 
 import io
 import re
-import time
 from collections.abc import Iterator, Sized
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,13 +111,7 @@ class SentencePiece(TokenizerConfig):
         if texts is None:
             raise ValueError("training a SentencePiece tokenizer needs texts; to open one, set its path")
         sample = sample_text(texts(), self.max_training_bytes, seed=self.seed, progress=progress)
-        if progress is not None:
-            progress(f"training the tokenizer: {self.kind}, {self.vocab_size:,} pieces, on {sample}")
-        start = time.perf_counter()
-        tokenizer = SentencePieceTokenizer(_train(self, sample), self.special)
-        if progress is not None:
-            progress(f"trained the tokenizer in {time.perf_counter() - start:.1f} s")
-        return tokenizer
+        return SentencePieceTokenizer(_train(self, sample), self.special)
 
 
 class SentencePieceTokenizer(Tokenizer):

@@ -29,8 +29,9 @@ def write_manifest(directory: Path, manifest: Mapping[str, Any], files: Mapping[
 def load_tokenizer(path: str | Path) -> "Tokenizer":
     """Opens a tokenizer.
 
-    `path` is a directory that `Tokenizer.save` wrote, a run directory (which holds one in `tokenizer/`), a Hugging Face
-    directory with a tokenizer.json, a directory with a SentencePiece tokenizer.model, or one of these files.
+    `path` is a directory that `Tokenizer.save` wrote, a run directory (which holds one in `tokenizer/`) or one of its
+    checkpoints, a Hugging Face directory with a tokenizer.json, a directory with a SentencePiece tokenizer.model, or
+    one of these files.
 
     Raises:
         FileNotFoundError: there is no tokenizer at the path.
@@ -43,7 +44,8 @@ def load_tokenizer(path: str | Path) -> "Tokenizer":
         return _open_file(path)
     if not path.is_dir():
         raise FileNotFoundError(f"there is no tokenizer at {path}: no such file or directory")
-    for directory in (path, path / "tokenizer"):
+    run = path.absolute().parent.parent if path.absolute().parent.name == "checkpoints" else path
+    for directory in (path, path / "tokenizer", run / "tokenizer"):
         if (directory / MANIFEST).is_file():
             return _open_saved(directory)
     for name in ("tokenizer.json", *_SENTENCEPIECE_FILES):
