@@ -15,23 +15,25 @@ if TYPE_CHECKING:
     from llmlab.experiment import Experiment as Experiment
     from llmlab.infer.generate import generate as generate
     from llmlab.models.huggingface import save_hf as save_hf
+    from llmlab.runs import Run as Run
+    from llmlab.runs import load as load
+    from llmlab.runs import train as train
     from llmlab.tokenizers import load_tokenizer as load_tokenizer
-    from llmlab.training.load import load as load
-    from llmlab.training.run import train as train
 
 __version__ = "0.1.0"
 
 # Public name -> the module that defines it.
 _EXPORTS = {
     "Experiment": "llmlab.experiment",
+    "Run": "llmlab.runs",
     "generate": "llmlab.infer.generate",
-    "load": "llmlab.training.load",
+    "load": "llmlab.runs",
     "load_tokenizer": "llmlab.tokenizers",
     "save_hf": "llmlab.models.huggingface",
-    "train": "llmlab.training.run",
+    "train": "llmlab.runs",
 }
 
-__all__ = ["Experiment", "__version__", "generate", "load", "load_tokenizer", "save_hf", "train"]
+__all__ = ["Experiment", "Run", "__version__", "generate", "load", "load_tokenizer", "save_hf", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import llmlab
 from llmlab import __version__, cli
 
 LLMLAB = [sys.executable, "-m", "llmlab"]
@@ -35,6 +36,24 @@ def test_help_and_version_import_nothing_heavy() -> None:
         assert f"{command} " in done.stdout
         assert summary in done.stdout
     assert all(len(line) <= 100 for line in done.stdout.splitlines())
+
+
+def test_every_public_name_is_there_and_an_unknown_one_is_not() -> None:
+    for name in llmlab.__all__:
+        assert getattr(llmlab, name) is not None
+    assert set(dir(llmlab)) >= set(llmlab.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'lode'"):
+        llmlab.lode  # noqa: B018  the access is the test
+
+
+@pytest.mark.parametrize("command", [name for section in cli.COMMANDS.values() for name in section])
+def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        code = cli.main([command, "--help"])
+    except SystemExit as done:  # argparse exits by itself
+        code = done.code
+    assert code == 0
+    assert f"llmlab {command}" in capsys.readouterr().out
 
 
 def test_without_a_command_the_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:

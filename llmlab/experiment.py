@@ -1,0 +1,125 @@
+"""The experiment: everything that determines a run, in one frozen tree.
+
+def config() -> Experiment:
+    return Experiment(
+        model=llama.preset("nano"),
+        data=Packed(StandardLibrary()),
+        optimizer=AdamW(peak_lr=3e-3, schedule=Cosine(warmup_steps=50)),
+        train=Train(steps=600, batch_size=16, sequence_length=128),
+    )
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmlab.config import load, load_experiment_file, own_errors
+from llmlab.data import Data
+from llmlab.models.config import Transformer
+from llmlab.objectives import NextToken, Objective
+from llmlab.optim import Optimizer
+from llmlab.sharding.mesh import Mesh
+from llmlab.tokenizers import ByteLevelBPE, Bytes, SentencePiece, TokenizerConfig, WordPiece
+from llmlab.training.config import Train
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """One claim: the model, what it learns from, how, and for how long. Equal experiments give equal results."""
+
+    model: Transformer
+    """The network."""
+    data: Data
+    """What it reads, and how that is cut into sequences."""
+    tokenizer: TokenizerConfig = Bytes()
+    """How text becomes numbers: trained on the run's own data, opened from a path, or bytes."""
+    objective: Objective = NextToken()
+    """What training minimises."""
+    optimizer: Optimizer
+    """How parameters follow the gradient, with the learning rate over the run."""
+    mesh: Mesh = Mesh()
+    """Devices for each kind of parallelism."""
+    train: Train
+    """Length, batch, precision, and the rhythm of evaluations and checkpoints."""
+    initialize_from: str | None = None
+    """Run or Hugging Face directory whose weights the model starts from; None for fresh ones."""
+
+    def validate(self, *, num_devices: int | None = None) -> None:
+        """Checks what no part can check alone, before any work; the parts have checked themselves when built.
+
+        With `num_devices`, also that mesh and batch fit that many devices. Raises ValueError listing every problem.
+        """
+        problems = [
+            *self._length_problems(),
+            *self._vocabulary_problems(),
+            *self._schedule_problems(),
+            *self._batch_problems(num_devices),
+        ]
+        if self.initialize_from is not None and not Path(self.initialize_from).is_dir():
+            problems.append(f"initialize_from={self.initialize_from} is not a directory")
+        if problems:
+            raise ValueError("\n  ".join(["this experiment cannot run:", *problems]))
+
+    def _length_problems(self) -> list[str]:
+        length, longest = self.train.sequence_length, self.model.max_length
+        if longest is not None and length > longest:
+            return [
+                f"train.sequence_length={length} is beyond the position table's max_length={longest}; shorten the "
+                f"sequence to {longest}, or set --model.position.max-length {length}"
+            ]
+        return []
+
+    def _vocabulary_problems(self) -> list[str]:
+        rows, size = self.model.vocab_size, _known_size(self.tokenizer)
+        if rows is not None and size is not None and rows < size:
+            return [
+                f"model.vocab_size={rows} is less than the tokenizer's {size} tokens; use at least {size}, or None for "
+                "the tokenizer's size rounded up to a multiple of 128"
+            ]
+        return []
+
+    def _schedule_problems(self) -> list[str]:
+        try:
+            self.optimizer.schedule.check(self.train.steps)
+        except ValueError as error:
+            return [f"optimizer.schedule: {error}"]
+        return []
+
+    def _batch_problems(self, num_devices: int | None) -> list[str]:
+        batch, parts, sizes = self.train.batch_size, self.train.accumulation, {"data": 1, "fsdp": 1}
+        if num_devices is not None:
+            try:
+                sizes = self.mesh.resolve(num_devices)
+            except ValueError as error:
+                return [str(error)]
+        rows = sizes["data"] * sizes["fsdp"]
+        multiple = parts * rows
+        if batch % multiple == 0:
+            return []
+        factors = f"train.accumulation={parts}"
+        if rows > 1:
+            factors += f" x {rows} devices that share the batch (mesh data={sizes['data']} x fsdp={sizes['fsdp']})"
+        below = batch // multiple * multiple
+        sizes_that_work = f"{below} or {below + multiple}" if below else f"{multiple} or {2 * multiple}"
+        return [f"train.batch_size={batch} is not divisible by {factors}; use {sizes_that_work}"]
+
+
+def _known_size(tokenizer: TokenizerConfig) -> int | None:
+    """Size of the vocabulary where the config alone tells it; training checks the others once they are built."""
+    match tokenizer:
+        case Bytes():
+            return tokenizer.build().vocab_size
+        case SentencePiece(path=None) | ByteLevelBPE() | WordPiece():
+            return tokenizer.vocab_size
+    return None
+
+
+def read_experiment(path: Path) -> Experiment:
+    """The experiment that a Python file's `config()` returns, or that a run directory holds."""
+    if path.is_dir():
+        return load(path, Experiment)
+    module = load_experiment_file(path)
+    with own_errors(path.resolve()):
+        experiment = module.config()
+    if not isinstance(experiment, Experiment):
+        raise ValueError(f"{path}: config() returned {experiment!r:.100}, which is no Experiment")
+    return experiment
