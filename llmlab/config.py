@@ -351,12 +351,8 @@ def difference(left: Any, right: Any, path: str = "") -> list[tuple[str, Any, An
 
     Where the classes differ, the two objects are one entry: their fields do not compare.
     """
-    if dataclasses.is_dataclass(left) and type(left) is type(right):
-        return [
-            entry
-            for name in _fields(type(left))
-            for entry in difference(getattr(left, name), getattr(right, name), _at(path, name))
-        ]
+    if dataclasses.is_dataclass(left) and dataclasses.is_dataclass(right) and _same_class(left, right):
+        left, right = ({name: getattr(side, name) for name in _fields(type(side))} for side in (left, right))
     if isinstance(left, tuple) and isinstance(right, tuple) and _has_parts(left + right):
         entries: list[tuple[str, Any, Any]] = []
         for i in range(max(len(left), len(right))):
@@ -368,8 +364,16 @@ def difference(left: Any, right: Any, path: str = "") -> list[tuple[str, Any, An
         return [
             entry for key in keys for entry in difference(left.get(key, ABSENT), right.get(key, ABSENT), _at(path, key))
         ]
+    if isinstance(left, enum.Enum) and isinstance(right, enum.Enum) and _same_class(left, right):
+        left, right = left.name, right.name
     same = left == right or (left != left and right != right)  # the second: nan equals nan here
     return [] if same else [(path, left, right)]
+
+
+def _same_class(left: Any, right: Any) -> bool:
+    """Whether two objects are of one class; an experiment's class and the one in its run's copy of the file are."""
+    tag = _tag(type(left))
+    return type(left) is type(right) or (tag is not None and tag == _tag(type(right)))
 
 
 def compact(value: Any) -> str:
