@@ -104,6 +104,11 @@ class Checkpoints:
         self._prune()
         return writing.step
 
+    def newest(self) -> int | None:
+        """Step of the newest checkpoint, once the one under way is written; None where there is none."""
+        self.wait()
+        return max(self.steps(), default=None)
+
     def close(self) -> None:
         """Waits for everything to be on disk. Errors of a save that is still under way show here."""
         try:

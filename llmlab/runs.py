@@ -1,0 +1,300 @@
+"""Runs: an experiment becomes a directory, and a directory becomes a model again.
+
+    run = llmlab.train(experiment, out="runs/mine")      # or: llmlab train FILE.py
+    run.metrics[-1]["train/loss"], run.model
+
+The same call on a run that was cut short takes it up at its last checkpoint; on a finished one it says so.
+"""
+
+import functools
+import json
+import math
+import signal
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmlab.config import config_hash, difference, save, to_json
+from llmlab.experiment import Experiment, read_experiment
+from llmlab.training.directory import RunDirectory, write_json
+from llmlab.training.faults import Interrupted, Interruption, NonFiniteError
+from llmlab.training.metrics import read_metrics
+from llmlab.training.phases import Phases
+from llmlab.training.provenance import Provenance, Status
+from llmlab.training.report import NullReport, Report
+
+if TYPE_CHECKING:
+    from llmlab.models.decoder import DecoderModel
+    from llmlab.nn.module import Params
+    from llmlab.tokenizers import Tokenizer
+
+_SAMPLE_TOKENS = 192
+
+
+class Run:
+    """A run directory, opened for reading.
+
+    Args:
+        directory: of the run.
+
+    Raises:
+        FileNotFoundError: it has no config.json.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self.experiment = read_experiment(self.directory)
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The records of metrics.jsonl, in order."""
+        return read_metrics(self.directory)
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The content of summary.json; empty while the run is not finished."""
+        path = RunDirectory(self.directory).summary
+        return json.loads(path.read_bytes()) if path.exists() else {}
+
+    @functools.cached_property
+    def model(self) -> "DecoderModel":
+        """The model after the last checkpoint."""
+        return load(self.directory)
+
+    @functools.cached_property
+    def tokenizer(self) -> "Tokenizer":
+        """The tokenizer that the run was trained with."""
+        from llmlab.tokenizers import load_tokenizer
+
+        return load_tokenizer(self.directory)
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.directory)!r})"
+
+
+def load(path: str | Path, *, ema: bool = False) -> "DecoderModel":
+    """The model of a run, of one checkpoint of a run (runs/mine/checkpoints/500), or of a Hugging Face directory.
+
+    Args:
+        path: the directory.
+        ema: the average of the weights, for a run that kept one.
+
+    Raises:
+        FileNotFoundError: there is nothing, or no checkpoint yet.
+        ValueError: what is there is damaged or is no model.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"there is no directory {path}; give a run, a checkpoint or a Hugging Face directory")
+    if path.name.isdigit() and path.parent.name == "checkpoints":
+        return _load_run(path.parent.parent, step=int(path.name), ema=ema)
+    config = path / "config.json"
+    if not config.exists():
+        raise FileNotFoundError(
+            f"{path} has no config.json, so it is neither a run nor a Hugging Face directory "
+            f"(it holds {', '.join(sorted(entry.name for entry in path.iterdir())[:8]) or 'nothing'})"
+        )
+    if "model_type" in _json_object(config):
+        from llmlab.models.huggingface import load_hf
+
+        return load_hf(path)
+    return _load_run(path, step=None, ema=ema)
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object; it is the config of neither a run nor a Hugging Face model")
+    return value
+
+
+def _load_run(directory: Path, *, step: int | None, ema: bool) -> "DecoderModel":
+    import jax
+
+    from llmlab.nn.module import merge
+    from llmlab.tokenizers import load_tokenizer
+    from llmlab.training.checkpoint import restore_params
+    from llmlab.training.session import with_vocabulary
+
+    model = read_experiment(directory).model
+    if model.vocab_size is None:
+        model = with_vocabulary(model, load_tokenizer(directory))
+    graphdef, shapes, _ = model.abstract()
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
+    return merge(graphdef, restore_params(RunDirectory(directory).checkpoints, shapes, step=step, ema=ema))
+
+
+def default_directory(experiment: Experiment, name: str) -> Path:
+    """Where a run goes when nobody says: runs/<name>-<hash>. Equal experiments meet there, different ones do not."""
+    return Path("runs") / f"{name}-{config_hash(experiment)}"
+
+
+def train(
+    experiment: Experiment,
+    out: str | Path | None = None,
+    *,
+    name: str = "experiment",
+    report: Report | None = None,
+    allow_config_change: bool = False,
+    experiment_file: Path | None = None,
+    seconds: Mapping[str, float] | None = None,
+) -> Run:
+    """Trains, or goes on training, in a run directory.
+
+    Args:
+        experiment: what to do.
+        out: the run directory; None for `default_directory`.
+        name: of the experiment.
+        report: told about everything that happens; nothing is shown by default.
+        allow_config_change: go on even where the directory's config differs.
+        experiment_file: the Python file, for the provenance.
+        seconds: spent before by phase ("imports"), for the summary.
+
+    Raises:
+        ValueError: the experiment cannot run, or the directory is another's; nothing was changed.
+        NonFiniteError: the loss is not finite any more.
+        Interrupted: Ctrl-C or SIGTERM; the state is saved if training had begun.
+    """
+    import jax
+
+    report = report or NullReport()
+    summary: dict[str, Any] | None = None
+    try:
+        experiment.validate(num_devices=jax.device_count())
+        directory = RunDirectory(default_directory(experiment, name) if out is None else Path(out))
+        with directory.held(), Interruption() as interruption:
+            _settle_config(directory, experiment, report, allow=allow_config_change)
+            if Run(directory.path).summary.get("step") == experiment.train.steps:
+                report.message(
+                    f"{directory.path} is finished: all {experiment.train.steps} steps are done. To train it longer, "
+                    f"raise train.steps: --train.steps N --out {directory.path} --allow-config-change"
+                )
+            else:
+                begin = functools.partial(
+                    Provenance.begin,
+                    directory.path,
+                    name=name,
+                    config=json.loads(to_json(experiment)),
+                    config_hash=config_hash(experiment),
+                    experiment_file=experiment_file,
+                )
+                phases = Phases(report, seconds or {})
+                summary = _train(experiment, directory, report, phases, interruption, begin)
+    finally:
+        report.close(summary)
+    return Run(directory.path)
+
+
+def _settle_config(directory: RunDirectory, experiment: Experiment, report: Report, *, allow: bool) -> None:
+    """Writes the config into a new run; in one that exists it must be the same, or the change allowed."""
+    if directory.config.exists():
+        before = read_experiment(directory.path)
+        changes = difference(before, experiment)
+        if not changes:
+            return
+        listed = "".join(f"\n  {path}: {old!r} -> {new!r}" for path, old, new in changes)
+        if not allow:
+            raise ValueError(
+                f"{directory.path} was begun with another config:{listed}\nrun it with the old values, choose another "
+                "directory with --out, or go on with the new values with --allow-config-change"
+            )
+        if before.tokenizer != experiment.tokenizer:
+            raise ValueError(f"the tokenizer of {directory.path} cannot change: its weights know the old one:{listed}")
+        report.message(f"the config changes:{listed}", "warning")
+    with tempfile.TemporaryDirectory(prefix=".config-", dir=directory.path) as staging:
+        save(experiment, Path(staging))
+        # config.json last: it makes a directory a run
+        for file in sorted(Path(staging).iterdir(), key=lambda file: file.name == directory.config.name):
+            file.replace(directory.path / file.name)
+
+
+def _train(
+    experiment: Experiment,
+    directory: RunDirectory,
+    report: Report,
+    phases: Phases,
+    interruption: Interruption,
+    begin: Callable[..., Provenance],
+) -> dict[str, Any]:
+    """Trains to the end and writes the summary; the provenance says how it went."""
+    from llmlab.training.session import Session
+
+    provenance: Provenance | None = None
+    first_step = 0
+
+    def started(step: int, fingerprints: dict[str, str]) -> None:
+        nonlocal provenance, first_step
+        first_step = step
+        provenance = begin(first_step=step)
+        provenance.fingerprints(**fingerprints)
+
+    def finish(status: Status, step: int | None) -> None:
+        if provenance is not None:
+            provenance.finish(status, last_step=first_step if step is None else step)
+
+    weights = None if experiment.initialize_from is None else functools.partial(_weights, experiment.initialize_from)
+    session = Session(
+        experiment=experiment,
+        directory=directory,
+        report=report,
+        phases=phases,
+        interruption=interruption,
+        started=started,
+        weights=weights,
+    )
+    try:
+        model, tokenizer, summary = session.run()
+        summary["sample"] = _sample(model, tokenizer)
+    except Interrupted as error:
+        finish("preempted" if error.signal == signal.SIGTERM else "interrupted", error.step)
+        raise
+    except NonFiniteError as error:
+        finish("failed", error.step)
+        raise
+    except BaseException:
+        finish("failed", None)
+        raise
+    phases.stop()
+    seconds = {name: round(value, 3) for name, value in phases.seconds.items()}
+    summary["seconds"] = seconds | {"total": round(math.fsum(seconds.values()), 3)}
+    write_json(directory.summary, summary)
+    finish("finished", summary["step"])
+    return summary
+
+
+def _weights(path: str, shapes: "Params") -> "Params":
+    """Parameters of another run or a Hugging Face directory, for a model of these shapes."""
+    import jax
+
+    from llmlab.nn.module import split
+
+    params = split(load(path))[1]
+    found, wanted = (
+        {jax.tree_util.keystr(where, simple=True, separator="."): leaf.shape for where, leaf in leaves}
+        for leaves in map(jax.tree_util.tree_leaves_with_path, (params, shapes))
+    )
+    problems = [
+        f"{name}: {found.get(name, 'absent')} there, {wanted.get(name, 'absent')} here"
+        for name in sorted(found.keys() | wanted.keys())
+        if found.get(name) != wanted.get(name)
+    ]
+    if problems:
+        raise ValueError(f"initialize_from={path} holds another model; parameters differ:\n  " + "\n  ".join(problems))
+    return params
+
+
+def _sample(model: "DecoderModel", tokenizer: "Tokenizer") -> dict[str, str]:
+    """A text that the model writes from nothing; from a line break where the tokenizer has no token to begin with."""
+    from llmlab.infer.generate import generate
+    from llmlab.infer.sampling import Sampling
+
+    prompt = "" if (tokenizer.bos_id, tokenizer.eos_id) != (None, None) else "\n"
+    limit = model.config.max_length
+    new = _SAMPLE_TOKENS if limit is None else min(_SAMPLE_TOKENS, limit - 8)
+    completion = generate(model, tokenizer, prompt, max_new_tokens=new, sampling=Sampling(temperature=0.8))[0]
+    return {"prompt": prompt, "text": completion.text}

@@ -1,0 +1,313 @@
+"""One process's work on a run: from an experiment to a trained model in its directory, or a part of the way.
+
+tokenizer -> tokens -> compile -> initialise or restore -> train -> summary
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import math
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from llmlab.config import to_json
+from llmlab.data.baselines import Baselines, baselines
+from llmlab.data.dataset import Dataset
+from llmlab.data.prefetch import prefetch
+from llmlab.data.store import default_cache_dir
+from llmlab.nn.module import Params, merge, num_parameters, split
+from llmlab.objectives import Batch
+from llmlab.tokenizers import Tokenizer, load_tokenizer
+from llmlab.training.checkpoint import Checkpoints
+from llmlab.training.directory import RunDirectory
+from llmlab.training.evaluation import evaluate
+from llmlab.training.faults import Interruption, in_background, wait
+from llmlab.training.loop import UNEVALUATED, Parts, train
+from llmlab.training.metrics import MetricsLog, read_metrics
+from llmlab.training.phases import Phases
+from llmlab.training.recorder import Recorder
+from llmlab.training.report import Report
+from llmlab.training.state import TrainState, abstract, new_state, state_shardings
+from llmlab.training.step import batch_sharding, make_evaluate_step, make_train_step
+from llmlab.training.throughput import FLOP_CONVENTION, Throughput, peak
+
+if TYPE_CHECKING:
+    from llmlab.experiment import Experiment
+    from llmlab.models.config import Transformer
+
+Weights = Callable[[dict[str, Any]], dict[str, Any]]
+"""Shapes of parameters to parameters: where a run starts from weights that exist."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """What a session works with.
+
+    `started` is called when everything is ready, with the number of steps done and the fingerprints of data and
+    tokenizer; `weights` gives the parameters to start a new run from, None for fresh ones.
+    """
+
+    experiment: "Experiment"
+    directory: RunDirectory
+    report: Report
+    phases: Phases
+    interruption: Interruption
+    started: Callable[[int, dict[str, str]], None]
+    weights: Weights | None = None
+
+    def run(self) -> tuple[Any, Tokenizer, dict[str, Any]]:
+        """Trains to the end; returns the model, the tokenizer and the summary. Raises what `loop.train` raises."""
+        tokenizer = self._tokenizer()
+        dataset = self._dataset(tokenizer)
+        # Counting takes a second per 10 million tokens: beside everything else.
+        counted = in_background(lambda: baselines(dataset))
+        program = Program.of(self.experiment, with_vocabulary(self.experiment.model, tokenizer), dataset)
+        checkpoints = Checkpoints(
+            self.directory.checkpoints,
+            self.directory.quarantine,
+            keep_last=self.experiment.train.keep_last,
+            keep_best=self.experiment.train.keep_best,
+            tell=lambda text: self.report.message(text, "warning"),
+        )
+        with contextlib.closing(checkpoints), contextlib.closing(MetricsLog(self.directory.path)) as log:
+            self.phases.begin("compile", f"{program.num_parameters:,} parameters, {_devices(program.mesh)}")
+            program = wait(in_background(program.compiled))
+            state, start, unevaluated = self._state(program, checkpoints)
+            log.cut_back(start)
+            self.started(start, {"data": dataset.fingerprint, "tokenizer": tokenizer.fingerprint})
+            speed = Throughput(
+                flops_per_token=program.model.flops_per_token(self.experiment.train.sequence_length),
+                tokens_per_step=self.experiment.train.batch_size * self.experiment.train.sequence_length,
+                total_steps=self.experiment.train.steps,
+                peak=peak(list(program.mesh.devices.flat)),
+            )
+            parts = self._parts(program, dataset, checkpoints, log, speed)
+            self.phases.begin("train")
+            self.report.progress(start, self.experiment.train.steps, "steps")
+            state = train(state, start, parts, unevaluated=unevaluated)
+        self.phases.begin("summary")
+        return merge(program.graphdef, state.params), tokenizer, self._summary(program, dataset, speed, wait(counted))
+
+    def _tokenizer(self) -> Tokenizer:
+        """The run's own tokenizer; else one that was trained before on the same data; else a new one."""
+        experiment, report = self.experiment, self.report
+        if (self.directory.tokenizer / "llmlab_tokenizer.json").exists():
+            return load_tokenizer(self.directory.tokenizer)
+        self.phases.begin("tokenizer", type(experiment.tokenizer).__name__)
+        trained_from = (to_json(experiment.tokenizer) + experiment.data.fingerprint()).encode()
+        cached = default_cache_dir() / "tokenizers" / hashlib.sha256(trained_from).hexdigest()[:32]
+        if (cached / "llmlab_tokenizer.json").exists():
+            tokenizer = load_tokenizer(cached)
+        else:
+            asked = False
+
+            def texts() -> Iterator[str]:
+                nonlocal asked
+                asked = True
+                return experiment.data.training_texts()
+
+            tokenizer = experiment.tokenizer.build(texts, progress=report.progress)
+            if asked:  # one that is opened from a path belongs to its path
+                tokenizer.save(cached)
+        tokenizer.save(self.directory.tokenizer)
+        return tokenizer
+
+    def _dataset(self, tokenizer: Tokenizer) -> Dataset:
+        config = self.experiment.train
+        self.phases.begin("tokens", f"vocabulary of {tokenizer.vocab_size:,}")
+        dataset = self.experiment.data.build(
+            tokenizer,
+            sequence_length=config.sequence_length,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            report=self.report.progress,
+        )
+        for remark in dataset.remarks:
+            self.report.message(remark, "warning")
+        return dataset
+
+    def _state(self, program: "Program", checkpoints: Checkpoints) -> tuple[TrainState, int, bool]:
+        """The state to go on from, the steps it has done, and whether an evaluation at that step is missing."""
+        self.phases.begin("restore" if checkpoints.steps() else "initialise")
+        restored = checkpoints.restore(program.state)
+        if restored is None:
+            return program.initialise(self.weights), 0, False
+        state, meta = restored
+        start = int(state.step)
+        if start > self.experiment.train.steps:
+            raise ValueError(
+                f"{self.directory.path} has done {start} steps already, more than train.steps="
+                f"{self.experiment.train.steps}; raise it, or start another run with --out"
+            )
+        self.report.message(f"resumed at step {start}")
+        return state, start, UNEVALUATED in meta
+
+    def _parts(
+        self, program: "Program", dataset: Dataset, checkpoints: Checkpoints, log: MetricsLog, speed: Throughput
+    ) -> Parts:
+        config, report = self.experiment.train, self.report
+        host, num_hosts = jax.process_index(), jax.process_count()
+
+        def batch(step: int) -> dict[str, np.ndarray]:
+            return dataset.train.batch(step, host=host, num_hosts=num_hosts)
+
+        def validate(params: Params) -> dict[str, float] | None:
+            return evaluate(
+                program.evaluate_step,
+                params,
+                dataset.validation,
+                program.place,
+                max_batches=config.evaluate_batches,
+                stop=lambda: self.interruption.requested,
+                progress=lambda done, total: report.progress(done, total, "evaluate"),
+            )
+
+        def look(state: TrainState) -> dict[str, float] | None:
+            metrics = validate(state.params)
+            averaged = None if state.ema is None else validate(state.ema)
+            if metrics is None or (state.ema is not None and averaged is None):
+                return None
+            of_average = {f"validation/ema_{name}": value for name, value in (averaged or {}).items()}
+            return {f"validation/{name}": value for name, value in metrics.items()} | of_average
+
+        return Parts(
+            config=config,
+            step=program.train_step,
+            evaluate=look,
+            batches=lambda start: prefetch(batch, start, program.place, stop=config.steps),
+            checkpoints=checkpoints,
+            recorder=Recorder(log, report, speed, config, checkpoints.newest),
+            speed=speed,
+            phases=self.phases,
+            report=report,
+            interruption=self.interruption,
+        )
+
+    def _summary(self, program: "Program", dataset: Dataset, speed: Throughput, counted: Baselines) -> dict[str, Any]:
+        """What is known at the end: the last value of every metric, the baselines, the time by phase."""
+        latest: dict[str, Any] = {}
+        speeds = []
+        for record in read_metrics(self.directory.path):
+            latest |= record
+            speeds += [record["tokens_per_second"]] if "tokens_per_second" in record else []
+        loss = latest["validation/loss"]
+        validation = dataset.validation
+        bytes_per_token = validation.num_bytes / validation.num_tokens
+        names = ("step", "tokens", "train/loss", "validation/loss", "validation/ema_loss")
+        summary = {name: latest[name] for name in names if name in latest} | {
+            "validation/perplexity": math.exp(loss),
+            "validation/bits_per_byte": loss / (bytes_per_token * math.log(2)),
+            "baselines": dataclasses.asdict(counted),
+            "num_parameters": program.num_parameters,
+        }
+        if speeds and speed.peak is not None:
+            summary["tokens_per_second"] = statistics.median(speeds)
+            summary["model_flops_per_second"] = summary["tokens_per_second"] * speed.flops_per_token
+            summary["mfu"] = summary["model_flops_per_second"] / speed.peak.flops_per_second
+            summary["mfu_convention"] = f"MFU of {speed.peak.source}; {FLOP_CONVENTION}"
+        return summary
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """What runs on the devices."""
+
+    model: "Transformer"
+    graphdef: Any
+    mesh: jax.sharding.Mesh
+    state: TrainState
+    """Shapes, types and shardings."""
+    batch: dict[str, jax.ShapeDtypeStruct]
+    """Likewise."""
+    train_step: Any
+    evaluate_step: Any
+    initialise: Callable[[Weights | None], TrainState]
+
+    @classmethod
+    def of(cls, experiment: "Experiment", model: "Transformer", dataset: Dataset) -> "Program":
+        """The program of an experiment, not yet compiled."""
+        config, decay = experiment.train, experiment.optimizer.ema
+        graphdef, shapes, axes = model.abstract()
+        optimizer = experiment.optimizer.build(axes, config.steps)
+        mesh = experiment.mesh.build(jax.devices())
+
+        def state_of(params: Params) -> TrainState:
+            return new_state(params, optimizer, precision=config.precision, ema=decay is not None)
+
+        unplaced = jax.eval_shape(state_of, shapes)
+        layout = state_shardings(unplaced, axes, mesh)
+
+        def initialise(weights: Weights | None) -> TrainState:
+            if weights is None:
+                # The key is an argument, not a constant: the compiler would try to draw the weights itself.
+                draw = jax.jit(lambda key: state_of(split(model.build(nnx.Rngs(params=key)))[1]), out_shardings=layout)
+                return draw(jax.random.key(config.seed))
+            params = jax.device_put(weights(shapes), layout.params)
+            return jax.jit(state_of, out_shardings=layout)(params)
+
+        settings: dict[str, Any] = {
+            "accumulation": config.accumulation,
+            "precision": config.precision,
+            "mesh": mesh,
+            "layout": layout,
+        }
+        where = batch_sharding(mesh)
+        rows = (config.batch_size, config.sequence_length)
+        return cls(
+            model=model,
+            graphdef=graphdef,
+            mesh=mesh,
+            state=abstract(unplaced, layout),
+            batch={
+                name: jax.ShapeDtypeStruct(rows, array.dtype, sharding=where)
+                for name, array in dataset.validation.batch(0).items()
+            },
+            train_step=make_train_step(
+                graphdef, experiment.objective, optimizer, ema_decay=decay, seed=config.seed, **settings
+            ),
+            evaluate_step=make_evaluate_step(graphdef, experiment.objective, **settings),
+            initialise=initialise,
+        )
+
+    def compiled(self) -> "Program":
+        """The same with both steps compiled."""
+        train_step = self.train_step.lower(self.state, self.batch).compile()
+        evaluate_step = self.evaluate_step.lower(self.state.params, self.batch).compile()
+        return dataclasses.replace(self, train_step=train_step, evaluate_step=evaluate_step)
+
+    def place(self, batch: dict[str, np.ndarray]) -> Batch:
+        """This host's rows of a batch as the global batch on the devices."""
+        where = batch_sharding(self.mesh)
+        return {name: jax.make_array_from_process_local_data(where, array) for name, array in batch.items()}
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the model."""
+        return num_parameters(self.state.params)
+
+
+def with_vocabulary(model: "Transformer", tokenizer: Tokenizer) -> "Transformer":
+    """The model config with its vocabulary settled: the tokenizer's, rounded up to a multiple of 128, where it is None.
+
+    Raises:
+        ValueError: it is smaller than the tokenizer's.
+    """
+    if model.vocab_size is None:
+        return dataclasses.replace(model, vocab_size=-(-tokenizer.vocab_size // 128) * 128)
+    if model.vocab_size < tokenizer.vocab_size:
+        raise ValueError(
+            f"model.vocab_size={model.vocab_size} is less than the tokenizer's {tokenizer.vocab_size} tokens; use at "
+            "least that, or None for the tokenizer's size rounded up to a multiple of 128"
+        )
+    return model
+
+
+def _devices(mesh: jax.sharding.Mesh) -> str:
+    shape = " x ".join(f"{name}={size}" for name, size in mesh.shape.items() if size > 1)
+    return f"{mesh.size} x {mesh.devices.flat[0].device_kind}{f' ({shape})' if shape else ''}"
