@@ -1,0 +1,1 @@
+"""What an experiment costs, found out without running it."""
