@@ -70,10 +70,10 @@ class Closing:
         commands = [("write", f'llmlab generate {run} --prompt "..."'), ("draw", f"llmlab plot {run}")]
         if self.experiment is not None:
             train = f"llmlab train {shlex.quote(str(self.experiment))}"
-            if self.steps is not None:
-                commands.append(("longer", f"{train} --train.steps {2 * self.steps}"))
             if self.peak_lr is not None:
                 commands.append(("change", f"{train} --optimizer.peak-lr {self.peak_lr / 2:g}"))
+            if self.steps is not None:
+                commands.append(("longer", f"{train} --train.steps {2 * self.steps} --out {run} --allow-config-change"))
         commands.append(("compare", f"llmlab runs {shlex.quote(str(self.run.parent))}"))
         lines = [("run", str(self.run), "bold"), *((why, command, "cyan") for why, command in commands)]
         return [

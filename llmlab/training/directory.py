@@ -60,6 +60,14 @@ class RunDirectory:
             file.flush()
             yield
 
+    def is_held(self) -> bool:
+        """Whether a process of this machine holds the directory at this moment."""
+        try:
+            with self.lock_file.open("rb") as file:
+                return not _try_lock(file.fileno(), shared=True)
+        except FileNotFoundError:
+            return False
+
     def _check_ours(self) -> None:
         if not self.path.exists():
             return
@@ -88,13 +96,13 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def _try_lock(descriptor: int) -> bool:
+def _try_lock(descriptor: int, *, shared: bool = False) -> bool:
     if sys.platform == "win32":
         return True  # no flock there
     import fcntl
 
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True

@@ -120,6 +120,11 @@ class Provenance:
         self.content["fingerprints"] = {**self.content.get("fingerprints", {}), **hashes}
         self._write()
 
+    def resumes_at(self, first_step: int) -> None:
+        """Records how many steps were done before this session, where that is known only after `begin`."""
+        self.content["sessions"][-1]["first_step"] = first_step
+        self._write()
+
     def finish(self, status: Status, *, last_step: int) -> None:
         """Closes the session: how it ended, after how many steps of the run, and how long it took."""
         seconds = round(time.perf_counter() - self._began, 3)

@@ -244,7 +244,7 @@ def test_the_summary_shows_baselines_as_longer_bars_than_the_model(width: int) -
     for command in (
         'llmlab generate runs/quickstart-1a2b3c4d --prompt "..."',
         "llmlab plot runs/quickstart-1a2b3c4d",
-        "llmlab train experiments/quickstart.py --train.steps 1200",
+        "llmlab train experiments/quickstart.py --train.steps 1200 --out runs/quickstart-1a2b3c4d --allow-config-change",
         "llmlab train experiments/quickstart.py --optimizer.peak-lr 0.0015",
     ):
         assert any(line.endswith(command) for line in lines), f"{command} is not on a line of its own, to be copied"
