@@ -10,6 +10,7 @@ import hashlib
 import heapq
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 
 from llmlab.tokenizers.base import Progress
 
@@ -21,10 +22,10 @@ _REPORT_BYTES = 1_000_000
 
 @dataclass(frozen=True)
 class Sample:
-    """Blocks of text, in the order of the corpus."""
+    """Parts of documents, in the order of the corpus."""
 
     blocks: tuple[str, ...]
-    """The text that was kept."""
+    """The text that was kept: whole documents, or the blocks that follow each other in one."""
     num_bytes: int
     """Size of the blocks, in bytes of UTF-8."""
     corpus_bytes: int
@@ -45,9 +46,9 @@ def sample_text(
 
     Raises ValueError for a corpus without any text, and for text that is no Unicode.
     """
-    kept: list[tuple[int, int, int, str]] = []  # a heap: (-number, order, bytes, block), the largest number first
+    kept: list[tuple[int, int, int, str, int]] = []  # a heap: (-number, document, index, block, bytes), largest first
     limit = 1 << 64  # numbers from here on are out: at least one of them was dropped already
-    documents = order = size = corpus_bytes = next_report = 0
+    documents = size = corpus_bytes = next_report = 0
     for document in texts:
         for index, block in enumerate(cut(document, _BLOCK, "\n")):
             try:
@@ -60,25 +61,30 @@ def sample_text(
             corpus_bytes += block_bytes
             number = _draw(seed, documents, index)
             if number < limit:
-                heapq.heappush(kept, (-number, order, block_bytes, block))
+                heapq.heappush(kept, (-number, documents, index, block, block_bytes))
                 size += block_bytes
             while max_bytes is not None and size > max_bytes:
-                negative, _, dropped, _ = heapq.heappop(kept)
+                negative, _, _, _, dropped = heapq.heappop(kept)
                 limit, size = -negative, size - dropped
-            order += 1
         documents += 1
         if progress is not None and corpus_bytes > next_report + _REPORT_BYTES:
             next_report = corpus_bytes
             progress(documents, None, "documents")
     if progress is not None:
         progress(documents, documents, "documents")
-    blocks = tuple(block for _, _, _, block in sorted(kept, key=lambda entry: entry[1]))
+    blocks = tuple(_joined(sorted((document, index, block) for _, document, index, block, _ in kept)))
     if not any(block.strip() for block in blocks):
         raise ValueError(
             f"the corpus holds no text to train a tokenizer on ({documents:,} documents, {corpus_bytes:,} bytes); "
             "check the data's paths and patterns"
         )
     return Sample(blocks, size, corpus_bytes, documents)
+
+
+def _joined(blocks: list[tuple[int, int, str]]) -> Iterator[str]:
+    """Blocks (document, index, text) in order, those put together again that follow each other in a document."""
+    for _, run in groupby(enumerate(blocks), lambda entry: (entry[1][0], entry[1][1] - entry[0])):
+        yield "".join(block for _, (_, _, block) in run)
 
 
 def cut(text: str, limit: int, separator: str) -> Iterator[str]:
