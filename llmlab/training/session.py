@@ -77,8 +77,9 @@ class Session:
         )
         with contextlib.closing(checkpoints), contextlib.closing(MetricsLog(self.directory.path)) as log:
             self.phases.begin("compile", f"{program.num_parameters:,} parameters, {_devices(program.mesh)}")
-            program = wait(in_background(program.compiled))
+            compiling = in_background(program.compiled)
             state, start, unevaluated = self._state(program, checkpoints)
+            program = wait(compiling)
             log.cut_back(start)
             self.started(start, {"data": dataset.fingerprint, "tokenizer": tokenizer.fingerprint})
             speed = Throughput(
@@ -134,10 +135,12 @@ class Session:
 
     def _state(self, program: "Program", checkpoints: Checkpoints) -> tuple[TrainState, int, bool]:
         """The state to go on from, the steps it has done, and whether an evaluation at that step is missing."""
-        self.phases.begin("restore" if checkpoints.steps() else "initialise")
+        had_some = bool(checkpoints.steps())
         restored = checkpoints.restore(program.state)
         if restored is None:
-            return program.initialise(self.weights), 0, False
+            if had_some:
+                self.report.message("no checkpoint is whole: the run begins again", "warning")
+            return wait(in_background(lambda: program.initialise(self.weights))), 0, False
         state, meta = restored
         start = int(state.step)
         if start > self.experiment.train.steps:

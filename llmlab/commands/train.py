@@ -1,0 +1,90 @@
+"""`llmlab train`: train the model of an experiment file, or go on where a run of it was cut short."""
+
+import argparse
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+DESCRIPTION = """\
+Train the model of an experiment file. Every value of the experiment is a flag:
+    llmlab train experiments/quickstart.py
+    llmlab train experiments/quickstart.py --help                   every value, with its default
+    llmlab train experiments/quickstart.py --optimizer.peak-lr 1e-3
+The run goes to runs/<file>-<hash of the config>. The same command again resumes it at its last checkpoint.
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs `llmlab train`."""
+    began = time.perf_counter()
+    parser = _parser()
+    if not argv or argv[0] in ("-h", "--help"):
+        parser.print_help()
+        return 0 if argv else 2
+    if argv[0].startswith("-"):
+        raise ValueError(f"give the experiment file before the flags: llmlab train FILE.py {shlex.join(argv)}")
+    arguments, flags = parser.parse_known_args(argv)
+    if "-h" in flags or "--help" in flags:
+        print(parser.format_help())
+
+    from llmlab import runs
+    from llmlab.data.store import default_cache_dir
+    from llmlab.display.terminal import terminal_report
+    from llmlab.experiment import read_experiment
+    from llmlab.flags import parse
+    from llmlab.training import compilation_cache
+    from llmlab.training.faults import Interrupted, NonFiniteError
+    from llmlab.training.report import NullReport
+
+    path: Path = arguments.experiment
+    if path.is_dir():
+        raise ValueError(f"{path} is a directory; give the experiment file that it was made from")
+    experiment = parse(read_experiment(path), flags, prog=f"llmlab train {path}", file=path.name)
+    out = arguments.out or runs.default_directory(experiment, path.stem)
+    report = (
+        NullReport()
+        if arguments.quiet
+        else terminal_report(
+            out.name, run=out, experiment=path, steps=experiment.train.steps, peak_lr=experiment.optimizer.peak_lr
+        )
+    )
+    compilation_cache.enable(default_cache_dir())
+    again = shlex.join(["llmlab", "train", *argv])
+    try:
+        runs.train(
+            experiment,
+            out,
+            name=path.stem,
+            report=report,
+            allow_config_change=arguments.allow_config_change,
+            experiment_file=path,
+            seconds={"imports": time.perf_counter() - began},
+        )
+    except Interrupted as error:
+        saved = "nothing was trained yet" if error.step is None else f"step {error.step} is saved in {out}"
+        print(f"{error}; {saved}. To go on:\n  {again}", file=sys.stderr)
+        return error.exit_code
+    except NonFiniteError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="llmlab train",
+        usage="llmlab train FILE.py [--out DIR] [--allow-config-change] [--quiet] [--dotted.field VALUE ...]",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        add_help=False,
+    )
+    parser.add_argument("experiment", type=Path, metavar="FILE.py", help="an experiment file")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="the run directory (runs/<file>-<hash> by default)")
+    parser.add_argument(
+        "--allow-config-change", action="store_true", help="go on with a run whose config differs from this one"
+    )
+    parser.add_argument("--quiet", action="store_true", help="show nothing but errors")
+    return parser
