@@ -84,6 +84,13 @@ def test_rows_are_cut_at_other_places_in_every_epoch(corpus_of: CorpusOf) -> Non
     assert epochs[0] != epochs[1]  # were the documents in the same order, the rows would begin with the same tokens
 
 
+def test_a_single_documents_rows_are_in_another_order_in_every_epoch(corpus_of: CorpusOf) -> None:
+    split = train_split(corpus_of, [list(range(600))], batch_size=100)
+    first, second = (split.batch(epoch)["input_ids"][:, 0].tolist() for epoch in range(2))
+    assert first != second
+    assert sorted(first) == sorted(second) == list(range(0, 600, 6))
+
+
 def test_rows_of_one_long_document_are_spread_over_the_epoch(corpus_of: CorpusOf) -> None:
     long, short = list(range(0, 600)), [list(range(1000 * i, 1000 * i + 60)) for i in range(1, 31)]
     split = train_split(corpus_of, [long, *short], batch_size=20)  # 100 rows are the long one's, 300 the others'
