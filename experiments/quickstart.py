@@ -20,7 +20,7 @@ def config() -> Experiment:
     """The experiment; every number here can be changed on the command line."""
     return Experiment(
         model=llama(embed_dim=192, num_layers=4, num_heads=6, num_kv_heads=2, hidden_dim=512, head=Tied()),
-        tokenizer=SentencePiece(vocab_size=1024, kind="unigram"),
+        tokenizer=SentencePiece(vocab_size=1024, kind="unigram", max_training_bytes=2_000_000),
         data=Packed(StandardLibrary()),
         objective=NextToken(),
         optimizer=AdamW(peak_lr=4e-3, schedule=Cosine(warmup_steps=50), weight_decay=0.1),
