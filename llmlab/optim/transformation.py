@@ -14,6 +14,9 @@ from llmlab.optim.parameters import Parameter, describe, flatten, matches, selec
 
 Tree = Mapping[str, Any]
 
+# What every optimizer's state holds besides its rule's own.
+_SHARED = {"step": jnp.int32, "learning_rate": jnp.float32, "gradient_norm": jnp.float32}
+
 
 def assemble(optimizer: Optimizer, params_axes: dict[str, Any], total_steps: int) -> optax.GradientTransformation:
     """See `Optimizer.build`."""
@@ -37,9 +40,8 @@ def assemble(optimizer: Optimizer, params_axes: dict[str, Any], total_steps: int
         return select(tree, lambda path: path not in frozen)
 
     def init(params: Any) -> dict[str, Any]:
-        zero = jnp.zeros((), jnp.float32)
-        state = {"step": jnp.zeros((), jnp.int32), "learning_rate": zero, "gradient_norm": zero}
-        return state | rule.init(trainable(params))
+        # An array for each name: one buffer under two names could not be donated.
+        return {name: jnp.zeros((), dtype) for name, dtype in _SHARED.items()} | rule.init(trainable(params))
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[dict[str, Any], dict[str, Any]]:
         if params is None:
@@ -57,9 +59,6 @@ def assemble(optimizer: Optimizer, params_axes: dict[str, Any], total_steps: int
         return _filled(params, steps), shared | own
 
     return optax.GradientTransformation(init, update)
-
-
-_SHARED = ("step", "learning_rate", "gradient_norm")
 
 
 def state_axes(optimizer_state: Any, params_axes: Tree) -> dict[str, Any]:

@@ -203,6 +203,14 @@ def test_a_state_survives_a_checkpoint_bitwise(name: str, tmp_path: Any) -> None
     jax.tree.map(np.testing.assert_array_equal, restored, state)
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_fresh_state_can_be_donated(name: str) -> None:
+    transformation = OPTIMIZERS[name].build(STACKED_AXES, STEPS)
+    state: Any = transformation.init(draw(0))
+    buffers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(state)]
+    assert len(set(buffers)) == len(buffers)
+
+
 def test_one_update_is_one_compiled_program_without_host_transfers() -> None:
     """The whole update traces: nothing in it needs a value."""
     for optimizer in OPTIMIZERS.values():
