@@ -173,6 +173,8 @@ def _sample(summary: Mapping[str, Any], ascii_only: bool) -> RenderableType | No
     if not sample:
         return None
     prompt, text = harmless(sample.get("prompt", "")), harmless(sample["text"])
+    if not prompt.strip():  # a text from nothing, or from a line break
+        prompt, text = "", text.lstrip("\n")
     written = Text.assemble((prompt, "bold"), text, no_wrap=True, overflow="ellipsis")
     lines = list(written.split("\n"))
     if len(lines) > MAX_SAMPLE_LINES:

@@ -137,7 +137,7 @@ def test_the_panel_keeps_its_height_while_a_run_goes_on() -> None:
     board = Board("run", clock=Clock())
     board.begin_phase("train", "")
     heights = set()
-    for step in range(1, 40):
+    for step in range(1, 14):
         board.step(record(step))
         heights.add(len(drawn(board, 80, 40)))
         board.begin_phase("evaluate", "")
@@ -244,7 +244,8 @@ def test_the_summary_shows_baselines_as_longer_bars_than_the_model(width: int) -
     for command in (
         'llmlab generate runs/quickstart-1a2b3c4d --prompt "..."',
         "llmlab plot runs/quickstart-1a2b3c4d",
-        "llmlab train experiments/quickstart.py --train.steps 1200 --out runs/quickstart-1a2b3c4d --allow-config-change",
+        "llmlab train experiments/quickstart.py --train.steps 1200 "
+        "--out runs/quickstart-1a2b3c4d --allow-config-change",
         "llmlab train experiments/quickstart.py --optimizer.peak-lr 0.0015",
     ):
         assert any(line.endswith(command) for line in lines), f"{command} is not on a line of its own, to be copied"
@@ -261,6 +262,16 @@ def test_a_summary_shows_what_there_is(summary: dict[str, Any]) -> None:
     terminal = Terminal(tty=False)
     terminal.console.print(Closing(title="x").render(summary, terminal.console.options))
     assert "x" in terminal.written
+
+
+def test_a_sample_from_a_line_break_begins_with_its_first_line() -> None:
+    terminal = Terminal(tty=False)
+    sample = {"sample": {"prompt": "\n", "text": "\n    import os\n"}}
+    terminal.console.print(Closing(title="x").render(sample, terminal.console.options))
+    lines = terminal.written.splitlines()
+    title = next(i for i, line in enumerate(lines) if "sample" in line)
+    assert "▏     import os" in lines[title + 1]
+    assert "prompt in bold" not in terminal.written
 
 
 def test_what_a_model_writes_cannot_steer_the_terminal() -> None:
