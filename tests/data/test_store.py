@@ -50,7 +50,9 @@ def directories(cache: Path) -> list[Path]:
     return [path for path in (cache / "tokens").iterdir() if path.is_dir()]
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])  # the fixtures are the same for all examples
+@settings(
+    max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)  # the fixtures are the same for all examples
 @given(
     texts=st.lists(st.text(st.characters(codec="utf-8"), min_size=1), min_size=1, max_size=6),
     bos=st.none() | st.just(256),
