@@ -109,11 +109,11 @@ def test_restart_cycles_repeat_from_the_warmup_on() -> None:
 
 
 def test_a_schedule_traces_and_gives_scalars_for_scalars() -> None:
-    for schedule, _ in DECAYS.values():
-        rate = schedule.build(PEAK, STEPS)
-        traced = jax.jit(rate)(jnp.int32(77))
-        assert traced.shape == ()
-        np.testing.assert_allclose(traced, rate(77), rtol=1e-6)  # compiled float32 arithmetic may differ by an ulp
+    rates = [schedule.build(PEAK, STEPS) for schedule, _ in DECAYS.values()]
+    traced = jax.jit(lambda k: [rate(k) for rate in rates])(jnp.int32(77))
+    for rate, value in zip(rates, traced, strict=True):
+        assert value.shape == ()
+        np.testing.assert_allclose(value, rate(77), rtol=1e-6)  # compiled float32 arithmetic may differ by an ulp
 
 
 def test_the_rate_stays_at_its_end_beyond_the_run() -> None:
