@@ -47,7 +47,12 @@ def main(argv: Sequence[str]) -> int:
         NullReport()
         if arguments.quiet
         else terminal_report(
-            out.name, run=out, experiment=path, steps=experiment.train.steps, peak_lr=experiment.optimizer.peak_lr
+            out.name,
+            run=out,
+            experiment=path,
+            flags=flags,
+            steps=experiment.train.steps,
+            peak_lr=experiment.optimizer.peak_lr,
         )
     )
     compilation_cache.enable(default_cache_dir())

@@ -30,6 +30,8 @@ class Closing:
     """The run directory."""
     experiment: Path | None = None
     """The experiment file."""
+    flags: tuple[str, ...] = ()
+    """The experiment's values that were changed on the command line."""
     steps: int | None = None
     """Steps of the experiment, to suggest more."""
     peak_lr: float | None = None
@@ -69,7 +71,7 @@ class Closing:
         run = shlex.quote(str(self.run))
         commands = [("write", f'llmlab generate {run} --prompt "..."'), ("draw", f"llmlab plot {run}")]
         if self.experiment is not None:
-            train = f"llmlab train {shlex.quote(str(self.experiment))}"
+            train = shlex.join(["llmlab", "train", str(self.experiment), *self.flags])
             if self.peak_lr is not None:
                 commands.append(("change", f"{train} --optimizer.peak-lr {self.peak_lr / 2:g}"))
             if self.steps is not None:

@@ -13,7 +13,7 @@ terminal's width and height. The cursor is hidden while it lives and comes back 
 
 import atexit
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ def terminal_report(
     *,
     run: Path | None = None,
     experiment: Path | None = None,
+    flags: Sequence[str] = (),
     steps: int | None = None,
     peak_lr: float | None = None,
     console: Console | None = None,
@@ -45,11 +46,12 @@ def terminal_report(
         title: name of the run.
         run: its directory, for the commands that the summary suggests.
         experiment: its file, likewise.
+        flags: what was changed on the command line, likewise.
         steps: of the experiment, likewise.
         peak_lr: of the experiment, likewise.
         console: another place than standard output.
     """
-    closing = Closing(title=title, run=run, experiment=experiment, steps=steps, peak_lr=peak_lr)
+    closing = Closing(title=title, run=run, experiment=experiment, flags=tuple(flags), steps=steps, peak_lr=peak_lr)
     console = console or Console(highlight=False)
     if console.is_terminal and not console.is_dumb_terminal:
         return LiveReport(console, closing)

@@ -251,6 +251,14 @@ def test_the_summary_shows_baselines_as_longer_bars_than_the_model(width: int) -
         assert any(line.endswith(command) for line in lines), f"{command} is not on a line of its own, to be copied"
 
 
+def test_suggested_commands_keep_what_was_changed_on_the_command_line() -> None:
+    closing = Closing(title="x", run=Path("runs/a b"), experiment=Path("e.py"), flags=("--train.seed", "1"), steps=5)
+    terminal = Terminal(tty=False)
+    terminal.console.print(closing.render({}, terminal.console.options), crop=False)
+    longer = "llmlab train e.py --train.seed 1 --train.steps 10 --out 'runs/a b' --allow-config-change"
+    assert longer in terminal.written
+
+
 def test_a_model_worse_than_its_baseline_is_told_so() -> None:
     terminal = Terminal(tty=False)
     terminal.console.print(CLOSING.render(SUMMARY | {"validation/loss": 3.0}, terminal.console.options))
