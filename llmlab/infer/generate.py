@@ -79,7 +79,8 @@ def generate(
             f"the prompt has {longest} tokens and the model has {limit} positions; shorten it to at most {limit - 1}"
         )
     rows = [_Row(number, len(row), StreamDecoder(tokenizer), stream) for number, row in enumerate(ids)]
-    for tokens_B in generate_ids(model, ids, max_new_tokens=max_new_tokens, sampling=sampling):
+    num_tokens = tokenizer.vocab_size
+    for tokens_B in generate_ids(model, ids, max_new_tokens=max_new_tokens, sampling=sampling, num_tokens=num_tokens):
         for row, token in zip(rows, tokens_B.tolist(), strict=True):
             row.push(token, tokenizer.eos_id, max_new_tokens, limit)
         if all(row.reason for row in rows):
@@ -134,10 +135,12 @@ def generate_ids(
     *,
     max_new_tokens: int,
     sampling: Sampling | None = None,
+    num_tokens: int | None = None,
 ) -> Iterator[np.ndarray]:
     """The next token of every row, again and again: int arrays of shape (rows,), at most `max_new_tokens` of them.
 
-    Stops by itself only at the limits of length; what ends a sequence is the caller's to decide.
+    Stops by itself only at the limits of length; what ends a sequence is the caller's to decide. Only ids below
+    `num_tokens` are drawn: a model's vocabulary is rounded up, and its last rows are no tokens.
     """
     sampling = sampling or Sampling()
     graphdef, params = split(model)
@@ -151,11 +154,11 @@ def generate_ids(
     cache = new_cache(model.config, len(prompts), cache_length, jax.tree.leaves(params)[0].dtype)
     # The compiled programs take the key as an argument: another seed does not compile again.
     key, rule = jax.random.key(sampling.seed), replace(sampling, seed=0)
-    tokens_B, cache = _prefill(graphdef, rule, params, cache, input_ids, lengths, key)
+    tokens_B, cache = _prefill(graphdef, rule, num_tokens, params, cache, input_ids, lengths, key)
     yield np.asarray(tokens_B)
     position_B, remaining = lengths, max_new_tokens - 1
     while remaining > 0:
-        tokens_SB, cache = _decode(graphdef, rule, params, cache, tokens_B, position_B, key)
+        tokens_SB, cache = _decode(graphdef, rule, num_tokens, params, cache, tokens_B, position_B, key)
         tokens_B, position_B = tokens_SB[-1], position_B + _STEPS_PER_CALL
         yield from np.asarray(tokens_SB)[:remaining]
         remaining -= _STEPS_PER_CALL
@@ -167,10 +170,11 @@ def bucket(length: int, limit: int | None) -> int:
     return size if limit is None else min(size, limit)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
 def _prefill(
     graphdef: nnx.GraphDef,
     sampling: Sampling,
+    num_tokens: int | None,
     params: Params,
     cache: tuple[KVCache, ...],
     input_ids: jax.Array,
@@ -181,13 +185,14 @@ def _prefill(
     model: DecoderModel = merge(graphdef, params)
     hidden_BSD, cache = model.hidden_states(input_ids, cache=cache)
     last_BD = jnp.take_along_axis(hidden_BSD, (length_B - 1)[:, None, None], axis=1)[:, 0]
-    return sample(model.project(last_BD), sampling, key, jnp.arange(len(length_B)), length_B), cache
+    return sample(model.project(last_BD)[:, :num_tokens], sampling, key, jnp.arange(len(length_B)), length_B), cache
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
 def _decode(
     graphdef: nnx.GraphDef,
     sampling: Sampling,
+    num_tokens: int | None,
     params: Params,
     cache: tuple[KVCache, ...],
     tokens_B: jax.Array,
@@ -201,7 +206,8 @@ def _decode(
     def step(carry: Any, _: None) -> tuple[Any, jax.Array]:
         tokens_B, position_B, cache = carry
         hidden_B1D, cache = model.hidden_states(tokens_B[:, None], position_ids=position_B[:, None], cache=cache)
-        tokens_B = sample(model.project(hidden_B1D[:, 0]), sampling, key, rows_B, position_B + 1)
+        logits_BV = model.project(hidden_B1D[:, 0])[:, :num_tokens]
+        tokens_B = sample(logits_BV, sampling, key, rows_B, position_B + 1)
         return (tokens_B, position_B + 1, cache), tokens_B
 
     (_, _, cache), tokens_SB = jax.lax.scan(step, (tokens_B, position_B, cache), length=_STEPS_PER_CALL)

@@ -96,6 +96,11 @@ def test_nothing_compiles_again_within_a_bucket():
     assert (_prefill._cache_size(), _decode._cache_size()) == before
 
 
+def test_tokens_beyond_the_tokenizer_are_never_drawn():
+    drawn = list(generate_ids(build("gpt2"), [[1]] * 50, max_new_tokens=4, sampling=Sampling(seed=3), num_tokens=5))
+    assert set(np.concatenate(drawn).tolist()) == set(range(5))  # 200 draws among five tokens of about equal odds
+
+
 def test_bucket_is_a_power_of_two_within_the_limit():
     assert [bucket(n, None) for n in (1, 64, 65, 200)] == [64, 64, 128, 256]
     assert bucket(65, 100) == 100
@@ -121,3 +126,9 @@ def test_streamed_pieces_join_to_the_completion():
 
     completions = generate(build("llama-gqa"), Bytes().build(None), ["ab", "é"], max_new_tokens=40, stream=collect)
     assert [c.text for c in completions] == [pieces[0], pieces[1]]
+
+
+def test_rows_that_round_the_vocabulary_up_are_never_drawn():
+    config = replace(CONFIGS["gpt2"], vocab_size=1024)  # three quarters of the rows are no token of Bytes
+    completion = generate(config.build(nnx.Rngs(params=0)), Bytes().build(), "a", max_new_tokens=32)[0]
+    assert all(token < VOCAB for token in completion.token_ids)
