@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -15,6 +15,7 @@ from llmlab.objectives import Batch, LossParts
 Place = Callable[[dict[str, np.ndarray]], Batch]
 
 
+@runtime_checkable
 class Split(Protocol):
     """What is asked of a validation split."""
 
