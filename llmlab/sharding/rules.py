@@ -88,10 +88,16 @@ def active_mesh() -> jax.sharding.Mesh | None:
     return None if active is None else active[0]
 
 
-def shard(x: jax.Array, *names: str | None) -> jax.Array:
-    """Constrain an activation by its dimensions' logical names; the identity without a mesh of several devices."""
+def active_sharding(shape: tuple[int, ...], *names: str | None) -> NamedSharding | None:
+    """Sharding of an array by its dimensions' logical names; None without a mesh of several devices."""
     active = _active.get()
     if active is None or active[0].size == 1:
-        return x
+        return None
     mesh, rules = active
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(names, rules, shape=x.shape, sizes=mesh.shape)))
+    return NamedSharding(mesh, spec(names, rules, shape=shape, sizes=mesh.shape))
+
+
+def shard(x: jax.Array, *names: str | None) -> jax.Array:
+    """Constrain an activation by its dimensions' logical names; the identity without a mesh of several devices."""
+    sharding = active_sharding(x.shape, *names)
+    return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)

@@ -1,4 +1,14 @@
-"""One call for attention, whichever kernel computes it."""
+"""One call for attention, whichever kernel computes it.
+
+    kernel       for                                                         memory per head
+    reference    the equation, for tests and small shapes                    O(S T)
+    blockwise    flash attention in plain JAX: any platform, mask and bias   O(S + T)
+    unrolled     CPUs, short sequences                                       O(S T), halved when causal
+    cudnn        NVIDIA GPUs in half precision                               O(S + T), plus O(S T) for dynamic masks
+    splash       TPUs                                                        O(S + T)
+
+`auto` decides while tracing, from the platform (see llmlab.nn.platform), the shapes and what the kernels support.
+"""
 
 from typing import Literal, get_args
 
@@ -7,11 +17,22 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from llmlab.nn.kernels.bias import Bias
+from llmlab.nn.kernels.blockwise import blockwise
+from llmlab.nn.kernels.cudnn import cudnn, cudnn_lacks
 from llmlab.nn.kernels.reference import reference
 from llmlab.nn.kernels.scoring import Scoring
+from llmlab.nn.kernels.splash import splash, splash_lacks
+from llmlab.nn.kernels.unrolled import unrolled
 from llmlab.nn.masks import Mask
+from llmlab.nn.platform import platform
 
 Kernel = Literal["auto", "reference", "blockwise", "unrolled", "cudnn", "splash"]
+
+# Keys that `auto` lets one row and head of queries see in all before it blocks the computation. At 512 x 512 the
+# matrix of weights is 1 MB a head, and blocks begin to be faster than the whole on CPU as well.
+_WHOLE = 512 * 512
+# Bytes of explicit mask that `auto` pays for cuDNN's speed.
+_EXPLICIT_MASK = 2**30
 
 
 def attention(
@@ -40,9 +61,13 @@ def attention(
         softcap: bound of the logits, before the bias.
         dropout: rate of dropout on the weights; 0 without a key.
         key: random key of the dropout.
-        kernel: implementation; see `supports`.
+        kernel: implementation.
         query_index: index of every query into the keys, for cached decoding; None where query i has index i.
+
+    Raises:
+        ValueError: shapes do not fit, or the kernel asked for cannot compute this.
     """
+    _check_shapes(q_BSNH, k_BTKH)
     seed = None if key is None or dropout == 0.0 else jax.random.bits(key, (2,), jnp.uint32)
     scoring = Scoring(
         mask=mask,
@@ -53,6 +78,68 @@ def attention(
         seed=seed,
         query_index=query_index,
     )
-    if kernel not in get_args(Kernel):
-        raise ValueError(f"kernel={kernel!r} is unknown; use one of {', '.join(get_args(Kernel))}")
-    return reference(q_BSNH, k_BTKH, v_BTKH, scoring)
+    if kernel == "auto":
+        kernel = choose(q_BSNH, k_BTKH, scoring)
+    elif reason := lacks(kernel, q_BSNH, k_BTKH, scoring):
+        raise ValueError(f"kernel={kernel!r} cannot compute this attention: {reason}; use kernel='auto'")
+    match kernel:
+        case "reference":
+            return reference(q_BSNH, k_BTKH, v_BTKH, scoring)
+        case "blockwise":
+            return blockwise(q_BSNH, k_BTKH, v_BTKH, scoring, block=block_size(q_BSNH, k_BTKH))
+        case "unrolled":
+            return unrolled(q_BSNH, k_BTKH, v_BTKH, scoring)
+        case "cudnn":
+            return cudnn(q_BSNH, k_BTKH, v_BTKH, scoring)
+        case "splash":
+            return splash(q_BSNH, k_BTKH, v_BTKH, scoring)
+    raise ValueError(f"kernel={kernel!r} is unknown; use one of {', '.join(get_args(Kernel))}")
+
+
+def lacks(
+    kernel: Kernel, q_BSNH: Float[Array, "B S N H"], k_BTKH: Float[Array, "B T K H"], scoring: Scoring
+) -> str | None:
+    """Why a kernel cannot compute this attention on the platform at hand, or None."""
+    match kernel:
+        case "unrolled" if scoring.query_index is not None:
+            return "queries have an index of their own (cached decoding)"
+        case "cudnn":
+            return cudnn_lacks(q_BSNH, k_BTKH, scoring, platform())
+        case "splash":
+            return splash_lacks(q_BSNH, k_BTKH, scoring, platform())
+    return None
+
+
+def choose(q_BSNH: Float[Array, "B S N H"], k_BTKH: Float[Array, "B T K H"], scoring: Scoring) -> Kernel:
+    """The kernel that `auto` takes."""
+    batch, num_queries, num_keys = q_BSNH.shape[0], q_BSNH.shape[1], k_BTKH.shape[1]
+    if lacks("splash", q_BSNH, k_BTKH, scoring) is None and num_queries >= 128:
+        return "splash"
+    mask_fits = 2 * batch * num_queries * num_keys <= _EXPLICIT_MASK
+    if lacks("cudnn", q_BSNH, k_BTKH, scoring) is None and mask_fits:
+        return "cudnn"
+    if num_queries * num_keys > _WHOLE:
+        return "blockwise"
+    if platform() == "cpu" and lacks("unrolled", q_BSNH, k_BTKH, scoring) is None:
+        return "unrolled"
+    return "reference"
+
+
+def block_size(q_BSNH: Float[Array, "B S N H"], k_BTKH: Float[Array, "B T K H"]) -> int:
+    """Queries and keys per block of `blockwise`.
+
+    Accelerators want large blocks. On CPU a block's logits of all rows and heads should stay in the cache (4 MB): at
+    batch 4, length 512, 6 heads, blocks of 128 took 33 ms of CPU time and blocks of 512 took 91 ms.
+    """
+    largest = 512
+    if platform() == "cpu":
+        heads = q_BSNH.shape[0] * q_BSNH.shape[2]
+        while largest > 128 and heads * largest**2 > 2**20:
+            largest //= 2
+    return largest
+
+
+def _check_shapes(q_BSNH: Float[Array, "B S N H"], k_BTKH: Float[Array, "B T K H"]) -> None:
+    heads, kv_heads = q_BSNH.shape[2], k_BTKH.shape[2]
+    if heads % kv_heads:
+        raise ValueError(f"{heads} query heads are not a multiple of {kv_heads} key/value heads")

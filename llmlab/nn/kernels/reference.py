@@ -4,11 +4,12 @@ Time and memory O(S T) per head. Products, softmax and sums in float32; the weig
 values before they meet them, as everyone's kernels do.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from llmlab.nn.kernels.scoring import FORBIDDEN, Scoring
+from llmlab.nn.kernels.scoring import FORBIDDEN, Scoring, row_max
 
 
 def reference(
@@ -29,7 +30,7 @@ def reference(
     query = own if scoring.query_index is None else scoring.query_index
     allowed = scoring.allowed(query, kv)
     logits = jnp.where(allowed, scoring.logits(products_BNST, query, kv), FORBIDDEN)
-    weights = jnp.where(allowed, jnp.exp(logits - logits.max(-1, keepdims=True)), 0.0)
+    weights = jnp.exp(logits - jax.lax.stop_gradient(row_max(logits)))
     total = weights.sum(-1, keepdims=True)
     weights = weights / jnp.where(total == 0.0, 1.0, total)  # a query that sees no key gets zeros
     if scoring.dropout > 0.0:

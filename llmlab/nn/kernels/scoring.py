@@ -19,9 +19,10 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from llmlab.nn.kernels.bias import Bias
 from llmlab.nn.masks import Index, Mask
 
-# Logits of forbidden keys. Finite: -inf minus a row's maximum of -inf is NaN. Far from the end of the range, so that
-# no later subtraction overflows.
+# Logits of forbidden keys, and the maximum of a row that has no other. Both finite, for -inf minus -inf is NaN, and so
+# far apart that exp(FORBIDDEN - EMPTY) is 0: the weights of an empty row come out as zeros without a second mask.
 FORBIDDEN = -0.7 * float(np.finfo(np.float32).max)
+EMPTY = 0.5 * FORBIDDEN
 
 
 @jax.tree_util.register_dataclass
@@ -70,3 +71,8 @@ class Scoring:
         bits, _ = threefry2x32_p.bind(*words)
         keep = 1.0 - self.dropout
         return jnp.where(bits < np.uint32(keep * 2**32), np.float32(1.0 / keep), np.float32(0.0))
+
+
+def row_max(logits_BNST: Float[Array, "B N S T"]) -> Float[Array, "B N S 1"]:
+    """The largest masked logit of every query; EMPTY where all its keys are forbidden."""
+    return jnp.maximum(logits_BNST.max(-1, keepdims=True), EMPTY)
