@@ -10,7 +10,8 @@ orbax writes them: asynchronously (the copy to the host blocks, the disk does no
 name when everything in it is on disk; what a killed process leaves has another name and is removed at the next
 start). Its own checksums do not cover the payload, so every file's SHA-256 is written beside it and verified before
 anything is restored. What fails is moved to `quarantine/`, never deleted, and the newest good checkpoint is used.
-Later ones go there as well: a run that went back must not find steps of its former future.
+Later ones go there as well: a run that went back must not find steps of its former future. A checkpoint without
+digests (the process was killed between its completion and theirs) is used if it can be read.
 """
 
 import contextlib
@@ -28,6 +29,7 @@ from llmlab.training.directory import write_json
 from llmlab.training.state import TrainState
 
 DIGESTS = "digests.json"
+NO_DIGESTS = f"it has no {DIGESTS}, as when a process is killed while they are computed"
 _DELETED = ".deleted-"
 _ITEMS = ("params", "ema", "training", "meta")
 
@@ -129,6 +131,14 @@ class Checkpoints:
             problem = verify(self._path(step))
             if problem is None:
                 return self._restore(step, abstract)
+            if problem == NO_DIGESTS:
+                try:
+                    restored = self._restore(step, abstract)
+                    write_json(self._path(step) / DIGESTS, {"files": digests(self._path(step))})
+                    self._tell(f"the checkpoint of step {step} could be read but not verified: {problem}")
+                    return restored
+                except Exception as error:  # whatever orbax and its libraries raise for broken files
+                    problem = f"{problem}, and it cannot be read: {str(error).splitlines()[0]}"
             place = self._set_aside(step)
             self._tell(f"the checkpoint of step {step} is damaged ({problem}); it was moved to {place}")
         return None
@@ -241,7 +251,7 @@ def verify(path: Path) -> str | None:
     try:
         expected = json.loads((path / DIGESTS).read_bytes())["files"]
     except FileNotFoundError:
-        return f"it has no {DIGESTS}: the process was killed while it was being completed"
+        return NO_DIGESTS
     except (ValueError, KeyError, TypeError):
         return f"{DIGESTS} cannot be read"
     found = digests(path)
@@ -273,21 +283,21 @@ def restore_params(checkpoints: Path, abstract: Params, *, step: int | None = No
     steps = saved_steps(checkpoints)
     if step is not None and step not in steps:
         raise FileNotFoundError(f"{checkpoints} has no checkpoint of step {step}; there are {steps or 'none'}")
-    problems = []
-    for candidate in reversed(steps) if step is None else [step]:
-        path = (checkpoints / str(candidate)).absolute()
-        problem = verify(path)
-        if problem is not None:
-            problems.append(f"step {candidate}: {problem}")
-            continue
-        item = path / ("ema" if ema else "params")
-        if not item.is_dir():
-            raise ValueError(f"{path} holds no average of the weights: the run was trained without (optimizer.ema)")
-        with contextlib.closing(ocp.StandardCheckpointer()) as checkpointer:
-            return checkpointer.restore(item, abstract)
-    if problems:
-        raise ValueError(f"no checkpoint in {checkpoints} is whole: {'; '.join(problems)}")
-    raise FileNotFoundError(f"{checkpoints} holds no checkpoint yet: the run has not saved one")
+    problems = {candidate: verify(checkpoints / str(candidate)) for candidate in (steps if step is None else [step])}
+    # Without digests only where nothing better is there: they may be under way.
+    good = [c for c, problem in problems.items() if problem is None] or [
+        c for c, problem in problems.items() if problem == NO_DIGESTS
+    ]
+    if not good and problems:
+        listed = "; ".join(f"step {candidate}: {problem}" for candidate, problem in problems.items())
+        raise ValueError(f"no checkpoint in {checkpoints} is whole: {listed}")
+    if not good:
+        raise FileNotFoundError(f"{checkpoints} holds no checkpoint yet: the run has not saved one")
+    item = (checkpoints / str(max(good)) / ("ema" if ema else "params")).absolute()
+    if not item.is_dir():
+        raise ValueError(f"{item.parent} holds no average of the weights: the run was trained without (optimizer.ema)")
+    with contextlib.closing(ocp.StandardCheckpointer()) as checkpointer:
+        return checkpointer.restore(item, abstract)
 
 
 def _validation_loss(path: Path) -> float | None:
