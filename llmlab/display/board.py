@@ -177,14 +177,14 @@ class Board:
             return Text("")
         name, detail, began = self._phase
         elapsed = duration(self._clock() - began)
-        if self._progress is None:
+        done, total, what = self._progress or (0, None, "")
+        if self._progress is None or (total is not None and done >= total):  # done with what could be counted
             text = Text.assemble((name, "" if self.training else "bold"), ("" if self.training else f"  {elapsed}", ""))
             if detail and not self.training:
                 text.append(f"  {detail}", style="dim")
             text.no_wrap, text.overflow = True, "ellipsis"
             text.stylize("dim" if self.training else "")
             return text
-        done, total, what = self._progress
         label = what if what.startswith(name) or self.training else f"{name}: {what}"
         right = f"{done / total:4.0%}  {elapsed}" if total else f"{count(done)}  {elapsed}" if done else elapsed
         row = Table.grid(padding=(0, 2, 0, 0))
