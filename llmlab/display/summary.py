@@ -2,7 +2,7 @@
 
 import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,17 +71,33 @@ class Closing:
         run = shlex.quote(str(self.run))
         commands = [("write", f'llmlab generate {run} --prompt "..."'), ("draw", f"llmlab plot {run}")]
         if self.experiment is not None:
-            train = shlex.join(["llmlab", "train", str(self.experiment), *self.flags])
             if self.peak_lr is not None:
-                commands.append(("change", f"{train} --optimizer.peak-lr {self.peak_lr / 2:g}"))
+                commands.append(("change", self._train("--optimizer.peak-lr", f"{self.peak_lr / 2:g}")))
             if self.steps is not None:
-                commands.append(("longer", f"{train} --train.steps {2 * self.steps} --out {run} --allow-config-change"))
+                longer = self._train("--train.steps", str(2 * self.steps))
+                commands.append(("longer", f"{longer} --out {run} --allow-config-change"))
         commands.append(("compare", f"llmlab runs {shlex.quote(str(self.run.parent))}"))
         lines = [("run", str(self.run), "bold"), *((why, command, "cyan") for why, command in commands)]
         return [
             Text.assemble((f"  {why:<9}", "dim"), (text, style), no_wrap=True, overflow="ignore")
             for why, text, style in lines
         ]
+
+    def _train(self, name: str, value: str) -> str:
+        """The command that made this run, with another value."""
+        return shlex.join(["llmlab", "train", str(self.experiment), *without(self.flags, name), name, value])
+
+
+def without(flags: Sequence[str], name: str) -> list[str]:
+    """The flags less one and its value: "--train.steps 5", "--train.steps=5"."""
+    kept: list[str] = []
+    skip = False
+    for flag in flags:
+        same = flag.partition("=")[0].replace("_", "-") == name
+        if not skip and not same:
+            kept.append(flag)
+        skip = same and "=" not in flag
+    return kept
 
 
 def _section(part: RenderableType | None) -> list[RenderableType]:

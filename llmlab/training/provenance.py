@@ -93,7 +93,7 @@ class Provenance:
         """
         path = Path(directory) / FILE_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = read_provenance(directory) if path.exists() else {"format": 1, "environments": [], "sessions": []}
+        content = _empty() | (read_provenance(directory) if path.exists() else {})
         here = environment(None if experiment_file is None else Path(experiment_file).parent)
         if here not in content["environments"]:
             content["environments"].append(here)
@@ -117,7 +117,7 @@ class Provenance:
 
     def fingerprints(self, **hashes: str) -> None:
         """Records hashes of what the run learns from: `data=`, `tokenizer=`, ..."""
-        self.content["fingerprints"] = {**self.content.get("fingerprints", {}), **hashes}
+        self.content["fingerprints"] = {**self.content["fingerprints"], **hashes}
         self._write()
 
     def resumes_at(self, first_step: int) -> None:
@@ -138,6 +138,12 @@ class Provenance:
 
     def _write(self) -> None:
         write_json(self.path, self.content)
+
+
+def _empty() -> dict[str, Any]:
+    """No session yet; keys in the order in which a reader wants them."""
+    about = {"format": 1, "name": None, "config_hash": None, "config": None, "fingerprints": {}}
+    return about | {"experiment_file": None, "environments": [], "sessions": []}
 
 
 def read_provenance(directory: Path | str) -> dict[str, Any]:

@@ -251,8 +251,11 @@ def test_the_summary_shows_baselines_as_longer_bars_than_the_model(width: int) -
         assert any(line.endswith(command) for line in lines), f"{command} is not on a line of its own, to be copied"
 
 
+FLAGS = ("--train.steps", "5", "--train.seed", "1", "--train.steps=6")
+
+
 def test_suggested_commands_keep_what_was_changed_on_the_command_line() -> None:
-    closing = Closing(title="x", run=Path("runs/a b"), experiment=Path("e.py"), flags=("--train.seed", "1"), steps=5)
+    closing = Closing(title="x", run=Path("runs/a b"), experiment=Path("e.py"), flags=FLAGS, steps=5)
     terminal = Terminal(tty=False)
     terminal.console.print(closing.render({}, terminal.console.options), crop=False)
     longer = "llmlab train e.py --train.seed 1 --train.steps 10 --out 'runs/a b' --allow-config-change"
