@@ -135,7 +135,8 @@ def _comparison(summary: Mapping[str, Any], width: int, *, ascii_only: bool) -> 
     for name, value in rows:
         ours = name == "this model"
         share = max(0.0, value / longest) if math.isfinite(value) else 1.0
-        style = "green" if ours else "bright_black"
+        best = value <= min(baselines.values(), default=value)
+        style = ("green" if best else "yellow") if ours else "bright_black"
         lines.append(
             Text.assemble(
                 (name.ljust(widest), "bold" if ours else ""),
@@ -144,8 +145,8 @@ def _comparison(summary: Mapping[str, Any], width: int, *, ascii_only: bool) -> 
             )
         )
     if baselines and math.isfinite(loss):
-        name, best = min(baselines.items(), key=lambda row: row[1])
-        gap = best - loss
+        name, lowest = min(baselines.items(), key=lambda row: row[1])
+        gap = lowest - loss
         verdict = f"{gap:.2f} nats below the {name}" if gap > 0 else f"{-gap:.2f} nats above the {name}"
         lines.append(
             Text(" " * min(widest + 11, width - len(verdict)) + verdict, style="green" if gap > 0 else "yellow")
