@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from llmlab.infer.cache import KVCache, new_cache
+from llmlab.infer.cache import new_cache
 from llmlab.infer.sampling import Sampling, sample
 from llmlab.models.decoder import DecoderModel
+from llmlab.nn.config import Cache
 from llmlab.nn.module import Params, merge, split
 from llmlab.tokenizers import StreamDecoder, Tokenizer
 
@@ -176,16 +177,16 @@ def _prefill(
     sampling: Sampling,
     num_tokens: int | None,
     params: Params,
-    cache: tuple[KVCache, ...],
+    cache: Sequence[Cache],
     input_ids: jax.Array,
     length_B: jax.Array,
     key: jax.Array,
-) -> tuple[jax.Array, tuple[KVCache, ...]]:
+) -> tuple[jax.Array, Any]:
     """First new token of every row, and the caches with the prompts in them."""
     model: DecoderModel = merge(graphdef, params)
-    hidden_BSD, cache = model.hidden_states(input_ids, cache=cache)
+    hidden_BSD, filled = model.hidden_states(input_ids, cache=cache)
     last_BD = jnp.take_along_axis(hidden_BSD, (length_B - 1)[:, None, None], axis=1)[:, 0]
-    return sample(model.project(last_BD)[:, :num_tokens], sampling, key, jnp.arange(len(length_B)), length_B), cache
+    return sample(model.project(last_BD)[:, :num_tokens], sampling, key, jnp.arange(len(length_B)), length_B), filled
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
@@ -194,11 +195,11 @@ def _decode(
     sampling: Sampling,
     num_tokens: int | None,
     params: Params,
-    cache: tuple[KVCache, ...],
+    cache: Sequence[Cache],
     tokens_B: jax.Array,
     position_B: jax.Array,
     key: jax.Array,
-) -> tuple[jax.Array, tuple[KVCache, ...]]:
+) -> tuple[jax.Array, Any]:
     """The next tokens (steps, rows) of every row, given the last one and its position."""
     model: DecoderModel = merge(graphdef, params)
     rows_B = jnp.arange(len(tokens_B))

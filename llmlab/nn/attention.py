@@ -15,6 +15,7 @@ Fewer key/value heads than query heads make the cache smaller: one is multi-quer
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 from flax import nnx
@@ -111,7 +112,7 @@ class AttentionLayer(nnx.Module):
         self.norm_key = config.qk_norm.build(head_dim, rngs=rngs) if config.qk_norm else None
         position = config.position
         self.rotation = position.build(head_dim, rngs=rngs) if isinstance(position, QueryKeyPosition) else None
-        self.relative = position.build(config.num_heads, rngs=rngs) if isinstance(position, BiasPosition) else None
+        self.relative: Any = position.build(config.num_heads, rngs=rngs) if isinstance(position, BiasPosition) else None
 
     def __call__(
         self,

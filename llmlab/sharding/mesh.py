@@ -10,7 +10,7 @@ pipeline  layers spread out
 
 import math
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -76,7 +76,7 @@ class Mesh:
             )
         return {**sizes, fill: num_devices // fixed}
 
-    def build(self, devices: "Sequence[jax.Device] | None" = None) -> "jax.sharding.Mesh":
+    def build(self, devices: "Sequence[Any] | None" = None) -> "jax.sharding.Mesh":
         """The jax mesh over `devices` (default: all), every axis in Auto mode."""
         import jax
 

@@ -1,6 +1,8 @@
 """Dense, norms, feed-forward and embedding against float64 NumPy."""
 
 import math
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ from llmlab.nn.feed_forward import MLP, GatedMLP
 from llmlab.nn.norms import BatchNorm, LayerNorm, RMSNorm
 
 # float32 has 24 bits: 6e-8 relative per operation, a few dozen operations deep
-CLOSE = {"rtol": 2e-6, "atol": 2e-6}
+assert_close = partial(np.testing.assert_allclose, rtol=2e-6, atol=2e-6)
 
 
 def rngs(seed: int = 0) -> nnx.Rngs:
@@ -30,7 +32,7 @@ def f64(x: jax.Array) -> np.ndarray:
     return np.asarray(x, np.float64)
 
 
-def randomised(layer: nnx.Module, seed: int = 9) -> nnx.Module:
+def randomised(layer: nnx.Module, seed: int = 9) -> Any:
     """The layer with every parameter drawn at random, so that scales of one and biases of zero hide nothing."""
     graphdef, state = nnx.split(layer)
     leaves, treedef = jax.tree.flatten(state)
@@ -50,7 +52,7 @@ def test_dense_is_the_contraction_plus_bias(inputs, outputs, shape):
     layer = randomised(Dense(inputs, outputs, bias=True, rngs=rngs()))
     x = normal(1, *shape)
     expected = np.tensordot(f64(x), f64(layer.kernel[...]), axes=len(inputs)) + f64(layer.bias[...])
-    np.testing.assert_allclose(layer(x), expected, **CLOSE)
+    assert_close(layer(x), expected)
 
 
 def test_dense_gradients_equal_those_of_tensordot():
@@ -58,7 +60,7 @@ def test_dense_gradients_equal_those_of_tensordot():
     ours = jax.grad(lambda x, k: jnp.sum(contract(x, k, 2) * dy), (0, 1))(x, kernel)
     theirs = jax.grad(lambda x, k: jnp.sum(jnp.tensordot(x, k, axes=2) * dy), (0, 1))(x, kernel)
     for a, b in zip(ours, theirs, strict=True):
-        np.testing.assert_allclose(a, b, **CLOSE)
+        assert_close(a, b)
 
 
 def test_dense_starts_with_variance_one_over_inputs():
@@ -72,7 +74,7 @@ def test_layer_norm_is_its_equation():
     x = f64(normal(1, 2, 3, 8))
     mean, variance = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
     expected = (x - mean) / np.sqrt(variance + 1e-3) * f64(layer.scale[...]) + f64(layer.bias[...])
-    np.testing.assert_allclose(layer(jnp.asarray(x, jnp.float32)), expected, **CLOSE)
+    assert_close(layer(jnp.asarray(x, jnp.float32)), expected)
 
 
 def test_layer_norm_without_bias_has_none():
@@ -83,7 +85,7 @@ def test_rms_norm_is_its_equation():
     layer = randomised(RMSNorm(epsilon=1e-3).build(8, rngs=rngs()))
     x = f64(normal(1, 2, 3, 8))
     expected = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-3) * f64(layer.scale[...])
-    np.testing.assert_allclose(layer(jnp.asarray(x, jnp.float32)), expected, **CLOSE)
+    assert_close(layer(jnp.asarray(x, jnp.float32)), expected)
 
 
 def test_batch_norm_takes_statistics_over_tokens():
@@ -91,7 +93,7 @@ def test_batch_norm_takes_statistics_over_tokens():
     x = f64(normal(1, 2, 3, 8))
     flat = x.reshape(-1, 8)
     expected = (x - flat.mean(0)) / np.sqrt(flat.var(0) + 1e-3) * f64(layer.scale[...]) + f64(layer.bias[...])
-    np.testing.assert_allclose(layer(jnp.asarray(x, jnp.float32)), expected, **CLOSE)
+    assert_close(layer(jnp.asarray(x, jnp.float32)), expected)
 
 
 @pytest.mark.parametrize("config", [LayerNorm(), LayerNorm(bias=False), RMSNorm()])
@@ -108,7 +110,7 @@ def test_norm_gradients_equal_those_of_the_plain_equation(config):
     ours = jax.grad(lambda s, x: jnp.sum(nnx.merge(graphdef, s)(x) * dy), (0, 1))(state, x)
     theirs = jax.grad(plain, (0, 1))(state, x)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        np.testing.assert_allclose(a, b, **CLOSE)
+        assert_close(a, b)
 
 
 @pytest.mark.parametrize("config", [LayerNorm(), RMSNorm(), BatchNorm()])
@@ -155,7 +157,7 @@ def test_embedding_looks_up_rows_and_scores_by_inner_product():
     table = np.asarray(layer.table[...])
     np.testing.assert_array_equal(layer(ids), table[np.asarray(ids)])
     x = normal(1, 2, 3, 4)
-    np.testing.assert_allclose(layer.attend(x), f64(x) @ f64(layer.table[...]).T, **CLOSE)
+    assert_close(layer.attend(x), f64(x) @ f64(layer.table[...]).T)
 
 
 def test_embedding_gradient_sums_over_repeated_tokens():
@@ -165,7 +167,7 @@ def test_embedding_gradient_sums_over_repeated_tokens():
     gradient = jax.grad(lambda s: jnp.sum(nnx.merge(graphdef, s)(ids) * dy))(state)["table"][...]
     expected = np.zeros((5, 3))
     np.add.at(expected, [2, 2, 0], f64(dy))
-    np.testing.assert_allclose(gradient, expected, **CLOSE)
+    assert_close(gradient, expected)
 
 
 def test_segment_embedding_adds_the_row_of_the_type():

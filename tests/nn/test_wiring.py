@@ -1,6 +1,8 @@
 """Each wiring is its equation, and the stack applies blocks in order however it is stored or executed."""
 
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +21,7 @@ from llmlab.nn.wiring import LayerScale, Parallel, PostNorm, PreNorm, ReZero, Sa
 
 DIM = 16
 # float32, a dozen operations deep
-CLOSE = {"rtol": 1e-5, "atol": 1e-6}
+assert_close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
 
 
 def block(wiring: Wiring, **changes) -> Block:
@@ -60,7 +62,7 @@ def test_serial_wiring_is_its_equation(wiring):
 
     mixed = branch(lambda h: layer.mixer(h, context())[0], layer.mixer_branch, x)
     expected = branch(layer.ffn, layer.ffn_branch, mixed)
-    np.testing.assert_allclose(layer(x, context())[0], expected, **CLOSE)
+    assert_close(layer(x, context())[0], expected)
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -69,7 +71,7 @@ def test_parallel_wiring_adds_both_branches_at_once(shared):
     x = x_of()
     second = layer.norm_mixer if shared else layer.norm_ffn
     expected = x + layer.mixer(layer.norm_mixer(x), context())[0] + layer.ffn(second(x))
-    np.testing.assert_allclose(layer(x, context())[0], expected, **CLOSE)
+    assert_close(layer(x, context())[0], expected)
     assert (layer.norm_ffn is None) == shared
 
 
@@ -79,7 +81,7 @@ def test_rezero_starts_as_the_identity():
 
 
 def test_layer_scale_starts_at_the_stated_gain():
-    layer = block(LayerScale(initial=1e-3)).build(DIM, rngs=nnx.Rngs(0))
+    layer: Any = block(LayerScale(initial=1e-3)).build(DIM, rngs=nnx.Rngs(0))
     np.testing.assert_array_equal(layer.ffn_branch.scale[...], np.full(DIM, 1e-3, np.float32))
 
 
@@ -104,7 +106,7 @@ def test_cross_attention_reads_the_encoder_and_only_that():
     weights = jax.nn.softmax(jnp.einsum("BSNH,BTNH->BNST", q, k) / np.sqrt(DIM / 2))
     x = x + jnp.einsum("BNST,BTNH,NHD->BSD", weights, v, layer.cross.output.kernel[...])
     expected = x + layer.ffn(layer.ffn_branch.norm_input(x))
-    np.testing.assert_allclose(layer(x_of(), with_memory)[0], expected, **CLOSE)
+    assert_close(layer(x_of(), with_memory)[0], expected)
 
 
 def test_cross_attention_without_an_encoder_says_what_is_missing():
@@ -133,7 +135,8 @@ def test_stack_is_its_layers_one_after_the_other(num_layers):
 
 def test_every_stacked_layer_starts_with_weights_of_its_own():
     stack = Stack(PATTERN, 6, DIM, Execution(), rngs=nnx.Rngs(0))
-    kernel = stack.blocks[0].mixer.query.kernel[...]
+    first: Any = stack.blocks[0]
+    kernel = first.mixer.query.kernel[...]
     assert kernel.shape == (3, DIM, 2, DIM // 2)
     assert len({float(layer.sum()) for layer in kernel}) == 3
 
