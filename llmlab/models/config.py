@@ -79,6 +79,8 @@ class Transformer:
     """Tied() or Untied()."""
     execution: Execution = Execution()
     """How the layer stack is applied: scan or unroll, rematerialisation, LayerDrop."""
+    context_length: int | None = None
+    """Longest sequence the model is meant for, where no position table says so; recorded in exports, not enforced."""
 
     def __post_init__(self) -> None:
         if not self.pattern:

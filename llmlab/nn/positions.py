@@ -24,13 +24,14 @@ from jaxtyping import Array, Float, Int
 
 from llmlab.nn.kernels.bias import Bias
 from llmlab.nn.masks import Index
-from llmlab.nn.rotary_scaling import NTK, Linear, Llama3, RotaryScaling, YaRN, rotary_frequencies
+from llmlab.nn.rotary_scaling import NTK, DynamicNTK, Linear, Llama3, RotaryScaling, YaRN, rotary_frequencies
 
 __all__ = [
     "NTK",
     "ALiBi",
     "AddedPosition",
     "BiasPosition",
+    "DynamicNTK",
     "Learned",
     "Linear",
     "Llama3",
@@ -166,7 +167,7 @@ class Rotary(QueryKeyPosition):
     interleaved: bool = False
     """Pairs are dimensions (2i, 2i + 1) (the paper, GPT-J) instead of (i, i + D/2) (GPT-NeoX, Llama)."""
     scaling: RotaryScaling | None = None
-    """Linear, NTK, YaRN or Llama3: how frequencies change for sequences beyond the training length."""
+    """Linear, NTK, DynamicNTK, YaRN or Llama3: how frequencies change for sequences beyond the training length."""
 
     def __post_init__(self) -> None:
         if not 0.0 < self.fraction <= 1.0:
@@ -185,11 +186,17 @@ class Rotary(QueryKeyPosition):
         return dim
 
     def frequencies(self, head_dim: int) -> np.ndarray:
-        """Radians per position of every pair, float64."""
+        """Radians per position of every pair, float64; those at the original length for a dynamic scaling."""
         dim = self.rotated(head_dim)
         if self.scaling is None:
             return rotary_frequencies(self.theta, dim)
         return self.scaling.frequencies(self.theta, dim)
+
+    def frequencies_at(self, head_dim: int, position_ids_BS: Int[Array, "B S"]) -> Float[Array, "#B 1 P"]:
+        """Radians per position of every pair, float32, for a batch of these positions; B is 1 for all rows alike."""
+        if self.scaling is None:
+            return jnp.asarray(self.frequencies(head_dim)[None, None], jnp.float32)
+        return self.scaling.frequencies_at(self.theta, self.rotated(head_dim), position_ids_BS)
 
     def build(self, head_dim: int, *, rngs: nnx.Rngs) -> "RotaryPositions":
         self.frequencies(head_dim)  # a head that cannot be rotated is an error now, not in the first step
@@ -220,9 +227,8 @@ class RotaryPositions(nnx.Module):
         """Cosine and sine of every position and pair."""
         scaling = self.config.scaling
         amplitude = np.float32(1.0 if scaling is None else scaling.amplitude)
-        frequencies = self.config.frequencies(head_dim).astype(np.float32)
         # float32: bfloat16 rounds position 257 to 256
-        angles = position_ids_BS[..., None].astype(jnp.float32) * frequencies
+        angles = position_ids_BS[..., None].astype(jnp.float32) * self.config.frequencies_at(head_dim, position_ids_BS)
         return jnp.cos(angles) * amplitude, jnp.sin(angles) * amplitude
 
 

@@ -7,7 +7,7 @@ factor s:
     Linear   positions / s: all pairs slow down alike; nearby tokens become hard to tell apart     (Chen et al. 2023,
              2306.15595)
     NTK      theta grows so that the slowest pair slows down by s and the fastest keeps its speed  (bloc97, 2023;
-             2309.00071, section 3.1)
+             2309.00071, section 3.1); dynamically, s grows with the sequence at hand    (emozilla, 2023)
     YaRN     fast pairs stay, slow pairs slow down by s, a ramp between; logits are scaled up      (Peng et al. 2023,
              2309.00071)
     Llama3   as YaRN with another ramp and unscaled logits                                         (Llama 3 team 2024,
@@ -20,7 +20,9 @@ import abc
 import math
 from dataclasses import dataclass
 
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 
 def rotary_frequencies(theta: float, dim: int) -> np.ndarray:
@@ -41,6 +43,10 @@ class RotaryScaling(abc.ABC):
     @abc.abstractmethod
     def frequencies(self, theta: float, dim: int) -> np.ndarray:
         """Radians per position of each of dim/2 pairs, float64."""
+
+    def frequencies_at(self, theta: float, dim: int, position_ids_BS: Int[Array, "B S"]) -> Float[Array, "#B 1 P"]:
+        """Frequencies for these positions, float32; B is 1 for a scaling that does not look at them."""
+        return jnp.asarray(self.frequencies(theta, dim)[None, None], jnp.float32)
 
     @property
     def amplitude(self) -> float:
@@ -63,9 +69,7 @@ class Linear(RotaryScaling):
 class NTK(RotaryScaling):
     """theta * factor^(D/(D-2)) instead of theta: "NTK-aware" interpolation (2309.00071, equation 16).
 
-    The factor is fixed. The dynamic variant takes it from the length of the sequence at hand, so that a prefix's
-    output depends on what follows; for a chosen length L of a model trained at L0 with dynamic factor f it is
-    NTK(f * L / L0 - (f - 1)).
+    The factor is fixed. `DynamicNTK` takes it from the length of the sequence at hand.
     """
 
     factor: float
@@ -75,6 +79,34 @@ class NTK(RotaryScaling):
         if dim <= 2:
             raise ValueError(f"NTK scaling needs more than one rotated pair per head, not {dim} dimensions")
         return rotary_frequencies(theta * self.factor ** (dim / (dim - 2)), dim)
+
+
+@dataclass(frozen=True)
+class DynamicNTK(RotaryScaling):
+    """NTK with the factor f L / L0 - (f - 1), where L is the length of the sequence at hand and L0 the original one.
+
+    Up to L0 nothing changes. Beyond, a row's length is its largest position + 1, so a prefix's output depends on how
+    much follows, and keys cached at a shorter length keep the frequencies of that length (as in transformers, which
+    takes the longest row of the batch for all).
+    """
+
+    factor: float
+    """How fast the slowest pair slows down with the length."""
+    original_max_length: int
+    """Length the model was trained at."""
+
+    def frequencies(self, theta: float, dim: int) -> np.ndarray:
+        if dim <= 2:
+            raise ValueError(f"NTK scaling needs more than one rotated pair per head, not {dim} dimensions")
+        return rotary_frequencies(theta, dim)
+
+    def frequencies_at(self, theta: float, dim: int, position_ids_BS: Int[Array, "B S"]) -> Float[Array, "#B 1 P"]:
+        length_B = jnp.maximum(jnp.max(position_ids_BS, axis=1) + 1, self.original_max_length)
+        stretch_B = self.factor * (length_B / self.original_max_length) - (self.factor - 1.0)
+        # (theta s^(D/(D-2)))^(-2i/D) = theta^(-2i/D) s^(-2i/(D-2)): only the second factor depends on the length
+        exponents = -np.arange(0, dim, 2) / (dim - 2)
+        slowed = stretch_B[:, None, None] ** jnp.asarray(exponents, jnp.float32)
+        return jnp.asarray(self.frequencies(theta, dim), jnp.float32) * slowed
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,124 @@
+"""Hugging Face directories: `load_hf` and `save_hf`.
+
+A directory holds `config.json`, whose `model_type` names the family, and weights as safetensors. Loading refuses what
+llmlab would compute differently: unknown attributes, tensors missing, left over or of a wrong shape, each time with
+the whole list. Saving writes float32, so that reading it back gives the same bits.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from llmlab.models import gpt2, llama
+from llmlab.models.config import Transformer
+from llmlab.models.decoder import DecoderModel
+from llmlab.models.safetensors_io import INDEX, SINGLE, Checkpoint, read_json, write_checkpoint, write_json
+from llmlab.models.weights import WeightTable, dump, load, tensor_shapes, unflatten
+from llmlab.nn.module import merge, split
+
+CONFIG = "config.json"
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture's way to and from Hugging Face."""
+
+    from_hf: Callable[[Mapping[str, Any]], Transformer]
+    """Model config from the contents of config.json."""
+    to_hf: Callable[[Transformer], dict[str, Any]]
+    """Contents of config.json; ValueError with the differences if the family cannot express the model."""
+    weights: WeightTable
+    """Which tensor is which parameter."""
+
+
+FAMILIES: dict[str, Family] = {
+    "gpt2": Family(gpt2.from_hf, gpt2.to_hf, gpt2.WEIGHTS),
+    "llama": Family(llama.from_hf, llama.to_hf, llama.WEIGHTS),
+}
+"""Families by the `model_type` of their configs."""
+
+
+def load_hf(directory: str | os.PathLike[str]) -> DecoderModel:
+    """The model of a Hugging Face directory, its parameters in float32.
+
+    bfloat16 and float16 weights convert without loss. Needs the memory of the float32 model and of its largest
+    parameter.
+
+    Raises:
+        FileNotFoundError: no such directory, or no config or weights in it.
+        ValueError: the config has attributes that llmlab does not implement; the weights do not fit it; files are
+            damaged or pickled. The message lists every offender.
+    """
+    root = Path(directory)
+    family, config = _read_config(root)
+    model = family.from_hf(config)
+    graphdef, shapes, _ = model.abstract()
+    leaves: dict[str, jax.Array] = {}
+    with Checkpoint(root) as checkpoint:
+        for path, array in load(family.weights, shapes, checkpoint, where=str(root)):
+            leaves[path] = jax.device_put(array)
+    return merge(graphdef, unflatten(leaves))
+
+
+def save_hf(model: DecoderModel, directory: str | os.PathLike[str], *, max_shard_bytes: int = 5 * 10**9) -> Path:
+    """Write a model as a Hugging Face directory that `transformers` and `load_hf` open; returns the directory.
+
+    Everything is written beside its place first and moved there at the end, config.json last: a directory with a
+    config is complete. Other files in the directory, a tokenizer's for instance, stay.
+
+    Args:
+        model: a decoder of a family that Hugging Face has.
+        directory: created if it is not there.
+        max_shard_bytes: weights beyond this size are written as several files with an index.
+
+    Raises:
+        ValueError: no family expresses the model (all differences are listed), or the directory has a model.
+    """
+    root = Path(directory)
+    if (root / CONFIG).exists():
+        raise ValueError(f"{root} already holds a model ({CONFIG}); choose another directory, or remove it first")
+    family, config = _express(model.config)
+    params = split(model)[1]
+    root.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=root))
+    try:
+        shapes = tensor_shapes(family.weights, params)
+        write_checkpoint(staging, shapes, dump(family.weights, params), max_shard_bytes=max_shard_bytes)
+        write_json(staging / CONFIG, config)
+        # What a save that was killed left behind would be read instead of, or beside, the new files.
+        for stale in (root / SINGLE, root / INDEX, *root.glob("model-*-of-*.safetensors")):
+            stale.unlink(missing_ok=True)
+        for file in sorted(staging.iterdir(), key=lambda file: file.name == CONFIG):
+            file.replace(root / file.name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return root
+
+
+def _read_config(root: Path) -> tuple[Family, dict[str, Any]]:
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root} is no directory")
+    if not (root / CONFIG).is_file():
+        raise FileNotFoundError(f"{root} has no {CONFIG}, so it is no Hugging Face directory")
+    config = read_json(root / CONFIG)
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise ValueError(f"{root / CONFIG} has model_type {model_type!r}; implemented are {', '.join(FAMILIES)}")
+    return FAMILIES[model_type], config
+
+
+def _express(model: Transformer) -> tuple[Family, dict[str, Any]]:
+    """The family that has this model, and its config."""
+    reasons: list[str] = []
+    for family in FAMILIES.values():
+        try:
+            return family, family.to_hf(model)
+        except ValueError as error:
+            reasons.append(str(error))
+    raise ValueError("no Hugging Face family computes what this model does\n" + "\n".join(reasons))
