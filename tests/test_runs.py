@@ -241,7 +241,7 @@ def test_a_run_killed_twice_ends_with_the_bits_of_an_uninterrupted_one(
     [
         (signal.SIGINT, 130, "steps", 6, 7),  # numbers are read one step late
         (signal.SIGTERM, 42, "evaluate", 1, 4),
-        (signal.SIGINT, 130, "checkpoint", 0, 5),
+        (signal.SIGINT, 130, "checkpoint", 0, 6),  # that of step 5 is being written
     ],
 )
 def test_a_run_that_a_signal_stopped_saves_and_goes_on_to_the_same_bits(
@@ -283,19 +283,17 @@ def test_signals_mean_what_they_meant_when_the_run_is_over(uninterrupted: runs.R
 def test_a_truncated_checkpoint_costs_its_steps_and_no_bit(
     uninterrupted: runs.Run, experiment: Experiment, tmp_path: Path
 ) -> None:
+    # numbers are read one step late, but those of a checkpoint before it is saved
     with pytest.raises(Interrupted):
         runs.train(experiment, tmp_path, report=Watcher("steps", 10, send(signal.SIGINT)))
-    assert saved_steps(tmp_path / "checkpoints") == [5, 10, 11]
-    for step in (10, 11):
-        largest = max(
-            (tmp_path / "checkpoints" / str(step) / "params").rglob("*"), key=lambda path: path.stat().st_size
-        )
-        largest.write_bytes(largest.read_bytes()[:-1])
+    assert saved_steps(tmp_path / "checkpoints") == [5, 10]
+    largest = max((tmp_path / "checkpoints" / "10" / "params").rglob("*"), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-1])
     watcher = Watcher()
     runs.train(experiment, tmp_path, report=watcher)
-    assert [text for text in watcher.said if "step 11 is damaged" in text or "step 10 is damaged" in text]
-    assert "resumed at step 5" in watcher.said
-    assert sorted(path.name for path in (tmp_path / "quarantine").iterdir()) == ["checkpoint-10", "checkpoint-11"]
+    assert "step 10 is damaged" in watcher.said[0]
+    assert watcher.said[1] == "resumed at step 5"
+    assert [path.name for path in (tmp_path / "quarantine").iterdir()] == ["checkpoint-10"]
     assert_same_as(uninterrupted, tmp_path)
 
 
@@ -425,7 +423,7 @@ def test_loading_says_what_is_wrong(uninterrupted: runs.Run, tmp_path: Path) -> 
         llmlab.load(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"no config.json.*holds nothing"):
         llmlab.load(tmp_path)
-    with pytest.raises(FileNotFoundError, match="no checkpoint of step 3"):
+    with pytest.raises(FileNotFoundError, match="there is no directory"):
         llmlab.load(uninterrupted.directory / "checkpoints" / "3")
     (tmp_path / "config.json").write_text("[]", encoding="utf-8")
     with pytest.raises(ValueError, match="neither a run nor a Hugging Face model"):

@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     from llmlab.experiment import read_experiment
     from llmlab.flags import parse
     from llmlab.training import compilation_cache
-    from llmlab.training.faults import Interrupted, NonFiniteError
+    from llmlab.training.faults import Interrupted, NonFiniteError, exit_if_busy
     from llmlab.training.report import NullReport
 
     path: Path = arguments.experiment
@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
     except Interrupted as error:
         saved = "nothing was trained yet" if error.step is None else f"step {error.step} is saved in {out}"
         print(f"{error}; {saved}. To go on:\n  {again}", file=sys.stderr)
-        return error.exit_code
+        return exit_if_busy(error.exit_code)
     except NonFiniteError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -11,7 +11,9 @@ training looks at the flag between steps and between batches of an evaluation. A
 
 import contextlib
 import math
+import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
@@ -93,11 +95,11 @@ class Interruption:
         return self.signal is not None
 
 
-def in_background(function: Callable[[], T]) -> "Future[T]":
-    """Runs a long call that cannot be interrupted (XLA's compiler) beside the main thread, which stays responsive.
+_BACKGROUND = "llmlab-background"
 
-    A daemon thread: a process that was asked to stop does not wait for it.
-    """
+
+def in_background(function: Callable[[], T]) -> "Future[T]":
+    """Runs a long call that cannot be interrupted (XLA's compiler) beside the main thread, which stays responsive."""
     future: Future[T] = Future()
 
     def run() -> None:
@@ -106,7 +108,8 @@ def in_background(function: Callable[[], T]) -> "Future[T]":
         except BaseException as error:
             future.set_exception(error)
 
-    threading.Thread(target=run, name="llmlab-background", daemon=True).start()
+    # Not a daemon: a thread inside the compiler when the interpreter ends would abort the process.
+    threading.Thread(target=run, name=_BACKGROUND).start()
     return future
 
 
@@ -118,3 +121,15 @@ def wait(future: "Future[T]") -> T:
         except FutureTimeoutError:
             if future.done():  # the function's own TimeoutError
                 raise
+
+
+def exit_if_busy(code: int) -> int:
+    """Ends the process now if a call in the background would keep it alive; else returns the exit code.
+
+    For a command that was asked to stop: a compilation of a large model takes minutes, and nobody wants it any more.
+    """
+    if any(thread.name == _BACKGROUND for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
