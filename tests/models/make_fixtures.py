@@ -7,6 +7,9 @@ what `transformers` computes with it in float32 on inputs with no padding, paddi
 left: logits, and the gradient of the mean cross-entropy for every parameter. Two runs write the same files.
 """
 
+# pyright: reportMissingImports=false
+# torch and transformers come with the parity extra only.
+
 import json
 import shutil
 from collections.abc import Callable

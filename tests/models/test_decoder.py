@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from llmlab.nn.module import Params, merge, num_parameters, split
 from llmlab.nn.stack import Execution
 
 # Two orders of the same float32 operations; values are of size 1, a few dozen operations deep.
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 
 TINY = {
     "gpt2": gpt2.gpt2(embed_dim=16, num_layers=3, num_heads=4, max_length=24, vocab_size=29),
@@ -258,12 +259,13 @@ def test_layer_drop_gives_some_subset_of_the_layers(mode):
     for keep in np.ndindex(2, 2, 2):  # which of the three layers run
         kept = [i for i in range(3) if keep[i]]
         if not kept:
+            assert model.final_norm is not None
             subsets.append(model.project(model.final_norm(model.embedding(ids, jnp.arange(8)[None]))))
             continue
         blocks = {"0": jax.tree.map(lambda leaf, kept=kept: leaf[jnp.array(kept)], params["stack"]["blocks"]["0"])}
         shallow = dataclasses.replace(TINY["llama"], num_layers=len(kept)).abstract()[0]
-        subsets.append(merge(shallow, {**params, "stack": {"blocks": blocks}})(ids).logits)
-        found = set()
+        subsets.append(logits(merge(shallow, {**params, "stack": {"blocks": blocks}}), ids))
+    found: set[int] = set()
     for seed in range(24):
         drawn = logits(model, ids, key=jax.random.key(seed))
         matches = [i for i, subset in enumerate(subsets) if np.allclose(drawn, subset, **CLOSE)]
@@ -293,6 +295,7 @@ def test_loss_is_the_mean_cross_entropy_of_the_counted_labels():
     log_probs = logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
     counted = [(b, s) for b in range(2) for s in range(6) if labels[b, s] != -100]
     expected = -np.mean([log_probs[b, s, labels[b, s]] for b, s in counted])
+    assert out.loss is not None
     np.testing.assert_allclose(out.loss, expected, rtol=1e-5)
 
 

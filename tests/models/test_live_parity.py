@@ -17,6 +17,9 @@ torch = pytest.importorskip("torch", reason="torch is not installed (the parity 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (the parity extra)")
 
 HERE = Path(__file__).parent
+# Of the reference's largest value. Some random models are badly conditioned: the worst measured is 1.3e-5, where
+# transformers in float32 is 7e-6 from itself in float64.
+CLAIM = 1e-4
 
 
 def neighbour(name: str) -> ModuleType:
@@ -69,6 +72,7 @@ def random_llama(rng: np.random.Generator) -> Any:
     kv_heads = int(rng.integers(1, 4))
     heads = kv_heads * int(rng.integers(1, 4))
     head_dim = 2 * int(rng.integers(2, 7))
+    rope = random_rope(rng)
     return fixtures.llama(
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
@@ -81,7 +85,9 @@ def random_llama(rng: np.random.Generator) -> Any:
         attention_bias=bool(rng.random() < 0.5),
         mlp_bias=bool(rng.random() < 0.5),
         rms_norm_eps=float(rng.choice([1e-6, 1e-3])),
-        rope_parameters=random_rope(rng),
+        rope_parameters=rope,
+        # sequences have 12 tokens: a dynamic scaling must have something to scale
+        max_position_embeddings=8 if rope["rope_type"] == "dynamic" else 16,
         tie_word_embeddings=bool(rng.random() < 0.5),
     )
 
@@ -100,7 +106,7 @@ def test_random_models_have_the_logits_and_gradients_of_transformers(family, see
     theirs = drawn(family, seed)
     theirs.save_pretrained(tmp_path)
     inputs = fixtures.reference(theirs, *fixtures.batch(theirs.config.vocab_size, seed))
-    comparison.assert_equals_reference(load_hf(tmp_path), inputs, family)
+    comparison.assert_equals_reference(load_hf(tmp_path), inputs, family, CLAIM)
 
 
 @pytest.mark.parametrize("max_shard_bytes", [10**9, 3000])
@@ -117,7 +123,7 @@ def test_exports_load_in_transformers_and_give_the_same_logits(family, seed, max
     assert next(opened.parameters()).dtype == torch.float32
     input_ids, attention_mask, labels = fixtures.batch(opened.config.vocab_size, seed)
     inputs = fixtures.reference(opened, input_ids, attention_mask, labels)
-    comparison.assert_equals_reference(model, inputs, family)
+    comparison.assert_equals_reference(model, inputs, family, CLAIM)
     opened.save_pretrained(tmp_path / "back")
     again = load_hf(tmp_path / "back")
     for name, leaf in flatten(split(model)[1]).items():
