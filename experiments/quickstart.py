@@ -27,5 +27,5 @@ def config() -> Experiment:
         data=Packed(StandardLibrary()),
         objective=NextToken(),
         optimizer=Muon(peak_lr=1e-2, schedule=Cosine(warmup_steps=40)),
-        train=Train(steps=1200, batch_size=8, sequence_length=128, evaluate_every=400),
+        train=Train(steps=1200, batch_size=8, sequence_length=128, evaluate_every=400, checkpoint_every=400),
     )
