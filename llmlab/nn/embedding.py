@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from llmlab.sharding import shard
+
 
 class Embedding(nnx.Module):
     """Rows of a learned table.
@@ -29,10 +31,13 @@ class Embedding(nnx.Module):
         axes: tuple[str, str] = ("vocab", "embed"),
         std: float = 0.02,
     ) -> None:
+        self.row_axis = axes[0]
         self.table = nnx.Param(std * jax.random.normal(rngs.params(), (num_rows, dim)), axes=axes)
 
     def __call__(self, ids: Int[Array, "*B"]) -> Float[Array, "*B D"]:
-        return jnp.take(self.table[...], ids, axis=0)
+        # Whole rows: where the table's width is split like the batch (fsdp), the gradient would otherwise be scattered
+        # into parts of rows, and the activations of the whole batch gathered on every device for it.
+        return jnp.take(shard(self.table[...], self.row_axis, None), ids, axis=0)
 
     def attend(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Logits of a tied head: inner product with every row."""

@@ -14,15 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-from flax import nnx
 
 from llmlab.config import to_json
 from llmlab.data.baselines import Baselines, baselines
 from llmlab.data.dataset import Dataset
 from llmlab.data.prefetch import prefetch
 from llmlab.data.store import default_cache_dir
-from llmlab.nn.module import Params, merge, num_parameters, split
-from llmlab.objectives import Batch
+from llmlab.nn.module import Params, merge
 from llmlab.tokenizers import Tokenizer, load_tokenizer
 from llmlab.training.checkpoint import Checkpoints
 from llmlab.training.directory import RunDirectory
@@ -31,18 +29,15 @@ from llmlab.training.faults import Interruption, in_background, wait
 from llmlab.training.loop import UNEVALUATED, Parts, train
 from llmlab.training.metrics import MetricsLog, read_metrics
 from llmlab.training.phases import Phases
+from llmlab.training.program import Program, Weights
 from llmlab.training.recorder import Recorder
 from llmlab.training.report import Report
-from llmlab.training.state import TrainState, abstract, new_state, state_shardings
-from llmlab.training.step import batch_sharding, make_evaluate_step, make_train_step
+from llmlab.training.state import TrainState
 from llmlab.training.throughput import FLOP_CONVENTION, Throughput, peak
 
 if TYPE_CHECKING:
     from llmlab.experiment import Experiment
     from llmlab.models.config import Transformer
-
-Weights = Callable[[dict[str, Any]], dict[str, Any]]
-"""Shapes of parameters to parameters: where a run starts from weights that exist."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +62,14 @@ class Session:
         dataset = self._dataset(tokenizer)
         # Counting takes a second per 10 million tokens: beside everything else.
         counted = in_background(lambda: baselines(dataset))
-        program = Program.of(self.experiment, with_vocabulary(self.experiment.model, tokenizer), dataset)
+        program = Program.build(
+            with_vocabulary(self.experiment.model, tokenizer),
+            self.experiment.objective,
+            self.experiment.optimizer,
+            self.experiment.mesh.build(jax.devices()),
+            self.experiment.train,
+            dataset.validation.batch(0),
+        )
         checkpoints = Checkpoints(
             self.directory.checkpoints,
             self.directory.quarantine,
@@ -133,7 +135,7 @@ class Session:
             self.report.message(remark, "warning")
         return dataset
 
-    def _state(self, program: "Program", checkpoints: Checkpoints) -> tuple[TrainState, int, bool]:
+    def _state(self, program: Program, checkpoints: Checkpoints) -> tuple[TrainState, int, bool]:
         """The state to go on from, the steps it has done, and whether an evaluation at that step is missing."""
         had_some = bool(checkpoints.steps())
         restored = checkpoints.restore(program.state)
@@ -152,7 +154,7 @@ class Session:
         return state, start, UNEVALUATED in meta
 
     def _parts(
-        self, program: "Program", dataset: Dataset, checkpoints: Checkpoints, log: MetricsLog, speed: Throughput
+        self, program: Program, dataset: Dataset, checkpoints: Checkpoints, log: MetricsLog, speed: Throughput
     ) -> Parts:
         config, report = self.experiment.train, self.report
         host, num_hosts = jax.process_index(), jax.process_count()
@@ -192,7 +194,7 @@ class Session:
             interruption=self.interruption,
         )
 
-    def _summary(self, program: "Program", dataset: Dataset, speed: Throughput, counted: Baselines) -> dict[str, Any]:
+    def _summary(self, program: Program, dataset: Dataset, speed: Throughput, counted: Baselines) -> dict[str, Any]:
         """What is known at the end: the last value of every metric, the baselines, the time by phase."""
         latest: dict[str, Any] = {}
         speeds = []
@@ -215,84 +217,6 @@ class Session:
             summary["mfu"] = summary["model_flops_per_second"] / speed.peak.flops_per_second
             summary["mfu_convention"] = f"MFU of {speed.peak.source}; {FLOP_CONVENTION}"
         return summary
-
-
-@dataclass(frozen=True, kw_only=True)
-class Program:
-    """What runs on the devices."""
-
-    model: "Transformer"
-    graphdef: Any
-    mesh: jax.sharding.Mesh
-    state: TrainState
-    """Shapes, types and shardings."""
-    batch: dict[str, jax.ShapeDtypeStruct]
-    """Likewise."""
-    train_step: Any
-    evaluate_step: Any
-    initialise: Callable[[Weights | None], TrainState]
-
-    @classmethod
-    def of(cls, experiment: "Experiment", model: "Transformer", dataset: Dataset) -> "Program":
-        """The program of an experiment, not yet compiled."""
-        config, decay = experiment.train, experiment.optimizer.ema
-        graphdef, shapes, axes = model.abstract()
-        optimizer = experiment.optimizer.build(axes, config.steps)
-        mesh = experiment.mesh.build(jax.devices())
-
-        def state_of(params: Params) -> TrainState:
-            return new_state(params, optimizer, precision=config.precision, ema=decay is not None)
-
-        unplaced = jax.eval_shape(state_of, shapes)
-        layout = state_shardings(unplaced, axes, mesh)
-
-        def initialise(weights: Weights | None) -> TrainState:
-            if weights is None:
-                # The key is an argument, not a constant: the compiler would try to draw the weights itself.
-                draw = jax.jit(lambda key: state_of(split(model.build(nnx.Rngs(params=key)))[1]), out_shardings=layout)
-                return draw(jax.random.key(config.seed))
-            params = jax.device_put(weights(shapes), layout.params)
-            return jax.jit(state_of, out_shardings=layout)(params)
-
-        settings: dict[str, Any] = {
-            "accumulation": config.accumulation,
-            "precision": config.precision,
-            "mesh": mesh,
-            "layout": layout,
-        }
-        where = batch_sharding(mesh)
-        rows = (config.batch_size, config.sequence_length)
-        return cls(
-            model=model,
-            graphdef=graphdef,
-            mesh=mesh,
-            state=abstract(unplaced, layout),
-            batch={
-                name: jax.ShapeDtypeStruct(rows, array.dtype, sharding=where)
-                for name, array in dataset.validation.batch(0).items()
-            },
-            train_step=make_train_step(
-                graphdef, experiment.objective, optimizer, ema_decay=decay, seed=config.seed, **settings
-            ),
-            evaluate_step=make_evaluate_step(graphdef, experiment.objective, **settings),
-            initialise=initialise,
-        )
-
-    def compiled(self) -> "Program":
-        """The same with both steps compiled."""
-        train_step = self.train_step.lower(self.state, self.batch).compile()
-        evaluate_step = self.evaluate_step.lower(self.state.params, self.batch).compile()
-        return dataclasses.replace(self, train_step=train_step, evaluate_step=evaluate_step)
-
-    def place(self, batch: dict[str, np.ndarray]) -> Batch:
-        """This host's rows of a batch as the global batch on the devices."""
-        where = batch_sharding(self.mesh)
-        return {name: jax.make_array_from_process_local_data(where, array) for name, array in batch.items()}
-
-    @property
-    def num_parameters(self) -> int:
-        """Of the model."""
-        return num_parameters(self.state.params)
 
 
 def with_vocabulary(model: "Transformer", tokenizer: Tokenizer) -> "Transformer":

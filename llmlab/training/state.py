@@ -103,10 +103,11 @@ def initialise(
         layout: shardings of every array, from `state_shardings`; None for the default device.
     """
 
-    def init() -> TrainState:
-        return new_state(init_params(jax.random.key(seed)), optimizer, precision=precision, ema=ema)
+    def init(key: jax.Array) -> TrainState:
+        return new_state(init_params(key), optimizer, precision=precision, ema=ema)
 
-    return jax.jit(init, out_shardings=layout)()
+    # The key is an argument: of a constant the compiler would try to draw the weights itself.
+    return jax.jit(init, out_shardings=layout)(jax.random.key(seed))
 
 
 def state_shardings(state: TrainState, axes: Axes, mesh: jax.sharding.Mesh, rules: Rules = DEFAULT_RULES) -> TrainState:

@@ -1,0 +1,110 @@
+"""What runs on the devices: the train step, the evaluation step and the initialisation of one experiment, laid out."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from llmlab.nn.module import Params, num_parameters, split
+from llmlab.objectives import Batch, Objective
+from llmlab.optim import Optimizer
+from llmlab.training.config import Train
+from llmlab.training.state import TrainState, abstract, initialise, new_state, state_shardings
+from llmlab.training.step import batch_sharding, make_evaluate_step, make_train_step
+
+if TYPE_CHECKING:
+    from llmlab.models.config import Transformer
+
+Weights = Callable[[Params], Params]
+"""Shapes of parameters to parameters: for a run that starts from weights that exist."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """See the module's docstring."""
+
+    model: "Transformer"
+    """The model config, its vocabulary settled."""
+    graphdef: Any
+    """Of the model."""
+    mesh: jax.sharding.Mesh
+    """The devices."""
+    state: TrainState
+    """Shapes, types and shardings of the state."""
+    batch: dict[str, jax.ShapeDtypeStruct]
+    """Shapes, types and shardings of a batch."""
+    train_step: Any
+    """(state, batch) -> (state, metrics)."""
+    evaluate_step: Any
+    """(params, batch) -> sums."""
+    initialise: Callable[[Weights | None], TrainState]
+    """The state before the first step, with fresh weights or given ones."""
+
+    @classmethod
+    def build(
+        cls,
+        model: "Transformer",
+        objective: Objective,
+        optimizer: Optimizer,
+        mesh: jax.sharding.Mesh,
+        train: Train,
+        batch: Mapping[str, np.ndarray],
+    ) -> "Program":
+        """The program, not yet compiled; of `batch` only names and types matter. Allocates nothing."""
+        graphdef, shapes, axes = model.abstract()
+        transformation = optimizer.build(axes, train.steps)
+        kind: dict[str, Any] = {"precision": train.precision, "ema": optimizer.ema is not None}
+        unplaced = jax.eval_shape(lambda params: new_state(params, transformation, **kind), shapes)
+        layout = state_shardings(unplaced, axes, mesh)
+
+        def init(weights: Weights | None) -> TrainState:
+            if weights is not None:
+                params = jax.device_put(weights(shapes), layout.params)
+                return jax.jit(lambda p: new_state(p, transformation, **kind), out_shardings=layout)(params)
+            return initialise(
+                lambda key: split(model.build(nnx.Rngs(params=key)))[1],
+                transformation,
+                seed=train.seed,
+                layout=layout,
+                **kind,
+            )
+
+        rows, where = (train.batch_size, train.sequence_length), batch_sharding(mesh)
+        settings: dict[str, Any] = {
+            "accumulation": train.accumulation,
+            "precision": train.precision,
+            "mesh": mesh,
+            "layout": layout,
+        }
+        return cls(
+            model=model,
+            graphdef=graphdef,
+            mesh=mesh,
+            state=abstract(unplaced, layout),
+            batch={name: jax.ShapeDtypeStruct(rows, array.dtype, sharding=where) for name, array in batch.items()},
+            train_step=make_train_step(
+                graphdef, objective, transformation, ema_decay=optimizer.ema, seed=train.seed, **settings
+            ),
+            evaluate_step=make_evaluate_step(graphdef, objective, **settings),
+            initialise=init,
+        )
+
+    def compiled(self) -> "Program":
+        """The same with both steps compiled."""
+        train_step = self.train_step.lower(self.state, self.batch).compile()
+        evaluate_step = self.evaluate_step.lower(self.state.params, self.batch).compile()
+        return dataclasses.replace(self, train_step=train_step, evaluate_step=evaluate_step)
+
+    def place(self, batch: Mapping[str, np.ndarray]) -> Batch:
+        """This host's rows of a batch as the global batch on the devices."""
+        where = batch_sharding(self.mesh)
+        return {name: jax.make_array_from_process_local_data(where, array) for name, array in batch.items()}
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the model."""
+        return num_parameters(self.state.params)
