@@ -72,7 +72,7 @@ def _padded(x: jax.Array, axis: int, block: int) -> jax.Array:
     return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)]) if missing else x
 
 
-def _pairs(blocks: Blocks, scoring: Scoring) -> tuple[jax.Array, jax.Array, jax.Array]:
+def pairs(blocks: Blocks, scoring: Scoring) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Block of queries, block of keys, and whether it is the first of its queries, for every pair to visit."""
     pairs = []
     for i in range(-(-blocks.num_queries // blocks.query)):
@@ -164,7 +164,7 @@ def _forward(
         jnp.zeros((batch, heads, blocks.query), jnp.float32),
         jnp.zeros((batch, kv_heads, group, blocks.query, dim), jnp.float32),
     )
-    (o, lse, *_), _ = jax.lax.scan(visit, start, _pairs(blocks, scoring))
+    (o, lse, *_), _ = jax.lax.scan(visit, start, pairs(blocks, scoring))
     return o, (q, k, v, bias, scoring, o, lse)
 
 
@@ -188,7 +188,7 @@ def _backward(blocks: Blocks, residuals: tuple[Any, ...], do: jax.Array) -> tupl
         return (dq, dk, dv, jax.tree.map(jnp.add, dbias, dbias_block)), None
 
     start = (*(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v)), jax.tree.map(jnp.zeros_like, bias))
-    i, j, _ = _pairs(blocks, scoring)
+    i, j, _ = pairs(blocks, scoring)
     (dq, dk, dv, dbias), _ = jax.lax.scan(visit, start, (i, j))
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), dbias, None
 
