@@ -35,6 +35,7 @@ def main(argv: Sequence[str]) -> int:
     from llmlab.experiment import read_experiment
     from llmlab.flags import parse
     from llmlab.training import compilation_cache
+    from llmlab.training.checkpoint import saved_steps
     from llmlab.training.faults import Interrupted, NonFiniteError, exit_if_busy
     from llmlab.training.report import NullReport
 
@@ -68,7 +69,8 @@ def main(argv: Sequence[str]) -> int:
             seconds={"imports": time.perf_counter() - began},
         )
     except Interrupted as error:
-        saved = "nothing was trained yet" if error.step is None else f"step {error.step} is saved in {out}"
+        newest = max(saved_steps(out / "checkpoints"), default=None)
+        saved = "nothing was trained yet" if newest is None else f"step {newest} is saved in {out}"
         print(f"{error}; {saved}. To go on:\n  {again}", file=sys.stderr)
         return exit_if_busy(error.exit_code)
     except NonFiniteError as error:

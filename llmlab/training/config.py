@@ -27,7 +27,7 @@ class Train:
     keep_last: int = 2
     """Newest checkpoints to keep."""
     keep_best: int = 1
-    """Checkpoints with the lowest validation loss to keep besides."""
+    """Checkpoints with the lowest validation loss to keep besides; every checkpoint is then evaluated. 0 for none."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     seed: int = 0
