@@ -48,7 +48,7 @@ def load_hf(directory: str | os.PathLike[str]) -> DecoderModel:
     """The model of a Hugging Face directory, its parameters in float32.
 
     bfloat16 and float16 weights convert without loss. Needs the memory of the float32 model and of its largest
-    parameter.
+    parameter; the files are mapped, so what they take besides is cache that the system can drop.
 
     Raises:
         FileNotFoundError: no such directory, or no config or weights in it.
