@@ -322,17 +322,18 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpo
 
 def test_a_changed_config_is_refused_with_the_difference_unless_allowed(experiment: Experiment, tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
-        runs.train(experiment, tmp_path, report=Watcher("steps", 6, send(signal.SIGINT)))
+        runs.train(experiment, tmp_path, report=Watcher("steps", 5, send(signal.SIGINT)))
     before = (tmp_path / "config.json").read_bytes()
-    other = changed(experiment, steps=14)
-    with pytest.raises(ValueError, match=r"train\.steps: 12 -> 14(.|\n)*--allow-config-change"):
+    other = changed(experiment, log_every=3)
+    with pytest.raises(ValueError, match=r"train\.log_every: 2 -> 3(.|\n)*--allow-config-change"):
         runs.train(other, tmp_path)
     assert (tmp_path / "config.json").read_bytes() == before
     watcher = Watcher()
     run = runs.train(other, tmp_path, allow_config_change=True, report=watcher)
-    assert "train.steps: 12 -> 14" in watcher.said[0]
+    assert "train.log_every: 2 -> 3" in watcher.said[0]
+    assert watcher.said[1] == "resumed at step 5"
     assert run.experiment == other
-    assert run.summary["step"] == 14
+    assert [line["step"] for line in run.metrics if "train/loss" in line] == [1, 2, 4, 6, 9, 12]
 
 
 def test_a_finished_run_says_so_and_can_be_trained_longer(
@@ -355,8 +356,9 @@ def test_a_finished_run_says_so_and_can_be_trained_longer(
 def test_the_tokenizer_of_a_run_cannot_change(experiment: Experiment, tmp_path: Path) -> None:
     from llmlab.tokenizers import Bytes, SpecialTokens
 
-    runs.train(changed(experiment, steps=3), tmp_path)
-    other = replace(changed(experiment, steps=4), tokenizer=Bytes(special=SpecialTokens(extra=("<x>",))))
+    with pytest.raises(Interrupted):
+        runs.train(experiment, tmp_path, report=Watcher("tokens", 0, send(signal.SIGINT)))
+    other = replace(experiment, tokenizer=Bytes(special=SpecialTokens(extra=("<x>",))))
     with pytest.raises(ValueError, match=r"tokenizer of .* cannot change"):
         runs.train(other, tmp_path, allow_config_change=True)
 
