@@ -28,6 +28,9 @@ from llmlab.training.report import NullReport
 
 DETERMINISTIC = ("step", "tokens", "train/loss", "validation/loss", "learning_rate", "gradient_norm")
 
+# whoever starts the tests decides these: a shell's background job ignores SIGINT
+HANDLERS_AT_IMPORT = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+
 EXPERIMENT = """
 from llmlab.data import Packed, TextFiles
 from llmlab.experiment import Experiment
@@ -49,10 +52,6 @@ BLOCK = Block(
     wiring=PreNorm(),
     dropout=0.1,
 )
-
-# whoever starts the tests decides these: a shell's background job ignores SIGINT
-HANDLERS_AT_IMPORT = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-
 
 def config() -> Experiment:
     return Experiment(

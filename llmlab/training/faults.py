@@ -72,7 +72,7 @@ class Interruption:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not set by Python
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         again = self.signal is not None

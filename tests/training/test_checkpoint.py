@@ -318,6 +318,7 @@ def test_a_process_killed_while_it_saves_leaves_only_whole_checkpoints(tmp_path:
     shapes = {str(i): jax.ShapeDtypeStruct((20_000,), jnp.float32) for i in range(8)}
     whole = [step for step in checkpoints.steps() if verify(tmp_path / "checkpoints" / str(step)) is None]
     assert whole
+    assert all(path.name.isdigit() for path in checkpoints.directory.iterdir())  # nothing half-written is left
     for step in whole:
         params = restore_params(tmp_path / "checkpoints", shapes, step=step)
         assert all((leaf == step).all() for leaf in params.values())
