@@ -23,6 +23,13 @@ MODELS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def rotary_without_its_identity_matmul(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CPU the rotary table goes through a product with the identity, which only keeps XLA from computing cosines
+    again (see nn/positions.py); it is no arithmetic of the model."""
+    monkeypatch.setattr("llmlab.nn.positions.platform", lambda: "tpu")
+
+
 def program(model: Transformer, execution: Execution) -> tuple[Callable[[Params, Any], jax.Array], Params, Any]:
     """Forward pass, its abstract parameters and its abstract input, with the kernel that computes every score."""
     block = model.pattern[0]
