@@ -14,7 +14,7 @@ from pathlib import Path
 
 from llmlab.config import load, load_experiment_file, own_errors
 from llmlab.data import Data
-from llmlab.models.config import Transformer
+from llmlab.models.config import ModelConfig
 from llmlab.objectives import NextToken, Objective
 from llmlab.optim import Optimizer
 from llmlab.sharding.mesh import Mesh
@@ -26,7 +26,7 @@ from llmlab.training.config import Train
 class Experiment:
     """One claim: the model, what it learns from, how, and for how long. Equal experiments give equal results."""
 
-    model: Transformer
+    model: ModelConfig
     """The network."""
     data: Data
     """What it reads, and how that is cut into sequences."""

@@ -118,11 +118,10 @@ def _load_run(directory: Path, *, step: int | None, ema: bool) -> "DecoderModel"
     from llmlab.nn.module import merge
     from llmlab.tokenizers import load_tokenizer
     from llmlab.training.checkpoint import restore_params
-    from llmlab.training.session import with_vocabulary
 
     model = read_experiment(directory).model
     if model.vocab_size is None:
-        model = with_vocabulary(model, load_tokenizer(directory))
+        model = model.with_vocabulary(load_tokenizer(directory).vocab_size)
     graphdef, shapes, _ = model.abstract()
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)

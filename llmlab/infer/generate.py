@@ -184,9 +184,11 @@ def _prefill(
 ) -> tuple[jax.Array, Any]:
     """First new token of every row, and the caches with the prompts in them."""
     model: DecoderModel = merge(graphdef, params)
-    hidden_BSD, filled = model.hidden_states(input_ids, cache=cache)
-    last_BD = jnp.take_along_axis(hidden_BSD, (length_B - 1)[:, None, None], axis=1)[:, 0]
-    return sample(model.project(last_BD)[:, :num_tokens], sampling, key, jnp.arange(len(length_B)), length_B), filled
+    hidden = model.hidden_states(input_ids, cache=cache)
+    last_BD = jnp.take_along_axis(hidden.states, (length_B - 1)[:, None, None], axis=1)[:, 0]
+    return sample(
+        model.project(last_BD)[:, :num_tokens], sampling, key, jnp.arange(len(length_B)), length_B
+    ), hidden.cache
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
@@ -206,10 +208,10 @@ def _decode(
 
     def step(carry: Any, _: None) -> tuple[Any, jax.Array]:
         tokens_B, position_B, cache = carry
-        hidden_B1D, cache = model.hidden_states(tokens_B[:, None], position_ids=position_B[:, None], cache=cache)
-        logits_BV = model.project(hidden_B1D[:, 0])[:, :num_tokens]
+        hidden = model.hidden_states(tokens_B[:, None], position_ids=position_B[:, None], cache=cache)
+        logits_BV = model.project(hidden.states[:, 0])[:, :num_tokens]
         tokens_B = sample(logits_BV, sampling, key, rows_B, position_B + 1)
-        return (tokens_B, position_B + 1, cache), tokens_B
+        return (tokens_B, position_B + 1, hidden.cache), tokens_B
 
     (_, _, cache), tokens_SB = jax.lax.scan(step, (tokens_B, position_B, cache), length=_STEPS_PER_CALL)
     return tokens_SB, cache

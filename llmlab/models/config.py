@@ -4,10 +4,11 @@ A config alone answers how many parameters the model has and how many FLOPs a to
 """
 
 import abc
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 import jax
 from flax import nnx
@@ -21,6 +22,12 @@ from llmlab.nn.stack import Execution
 
 if TYPE_CHECKING:
     from llmlab.models.decoder import DecoderModel
+
+
+Config = TypeVar("Config", bound="ModelConfig")
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Shape of every array of a batch, by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,11 +59,78 @@ class Untied(Head):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Transformer:
-    """A decoder-only language model."""
+class ModelConfig(abc.ABC):
+    """A whole model. Knows its size and cost without being built."""
 
     vocab_size: int | None = None
     """Rows of the embedding; None for the tokenizer's size rounded up to a multiple of 128."""
+
+    def __post_init__(self) -> None:
+        if self.vocab_size is not None and self.vocab_size < 1:
+            raise ValueError(f"vocab_size={self.vocab_size} is not positive; None takes the tokenizer's")
+
+    @abc.abstractmethod
+    def build(self, rngs: nnx.Rngs) -> nnx.Module:
+        """The model with freshly drawn parameters."""
+
+    @property
+    @abc.abstractmethod
+    def max_length(self) -> int | None:
+        """Longest sequence that the position table holds; None for no limit."""
+
+    @abc.abstractmethod
+    def flops(self, shapes: Shapes, *, training: bool = True) -> int:
+        """Matmul FLOPs of one forward pass, or of forward and backward (three times that), over a batch.
+
+        Convention: two per multiply-add; the head's matmul counts, the embedding lookup does not; attention counts
+        every key of the sequence (or window), masked or not; norms, activations, softmax and rematerialisation do not
+        count.
+
+        Args:
+            shapes: of the batch's arrays by name, among them those that the model is called with.
+            training: whether the backward pass counts too.
+        """
+
+    def num_tokens(self, shapes: Shapes) -> int:
+        """Positions of a batch that the model processes, which is what tokens/s counts."""
+        return math.prod(shapes["input_ids"])
+
+    def with_vocabulary(self: Config, size: int) -> Config:
+        """The config with its vocabulary settled: the tokenizer's, rounded up to a multiple of 128, where it is None.
+
+        Raises:
+            ValueError: it is smaller than the tokenizer's.
+        """
+        if self.vocab_size is None:
+            return dataclasses.replace(self, vocab_size=-(-size // 128) * 128)
+        if self.vocab_size < size:
+            raise ValueError(
+                f"model.vocab_size={self.vocab_size} is less than the tokenizer's {size} tokens; use at least that, "
+                "or None for the tokenizer's size rounded up to a multiple of 128"
+            )
+        return self
+
+    def abstract(self) -> "tuple[nnx.GraphDef, Params, Axes]":
+        """Graph definition, parameter shapes and logical axes, without allocating anything."""
+        model = nnx.eval_shape(lambda: self.build(nnx.Rngs(params=0)))
+        graphdef, params = split(model)
+        return graphdef, params, logical_axes(model)
+
+    def num_parameters(self) -> int:
+        """Number of parameters, a tied table counted once."""
+        return num_parameters(self.abstract()[1])
+
+
+def matmul_parameters(params: Params) -> int:
+    """Parameters that every token is multiplied with: all arrays named "kernel"."""
+    flat = jax.tree_util.tree_flatten_with_path(params)[0]
+    return sum(math.prod(leaf.shape) for path, leaf in flat if str(path[-1].key) == "kernel")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transformer(ModelConfig):
+    """A decoder-only language model."""
+
     embed_dim: int
     """Width of the residual stream."""
     num_layers: int
@@ -83,59 +157,54 @@ class Transformer:
     """Longest sequence the model is meant for, where no position table says so; recorded in exports, not enforced."""
 
     def __post_init__(self) -> None:
-        if not self.pattern:
-            raise ValueError("pattern is empty; give it at least one Block")
-        for name in ("embed_dim", "num_layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} is not positive")
-        if self.vocab_size is not None and self.vocab_size < 1:
-            raise ValueError(f"vocab_size={self.vocab_size} is not positive; None takes the tokenizer's")
+        super().__post_init__()
+        check_stack(self.pattern, self.num_layers, self.embed_dim)
         check_rate("embedding_dropout", self.embedding_dropout)
-        for block in self.pattern:
-            block.mixer.context_flops(self.embed_dim, 1)  # heads that do not divide the width are an error here
 
     @property
     def max_length(self) -> int | None:
-        """Longest sequence that the position table holds; None for no limit."""
         return None if self.position is None else self.position.max_length
 
     def layers(self) -> tuple[Block, ...]:
         """The block of every layer, first to last."""
-        return tuple(self.pattern[i % len(self.pattern)] for i in range(self.num_layers))
+        return layers_of(self.pattern, self.num_layers)
 
     def build(self, rngs: nnx.Rngs) -> "DecoderModel":
-        """The model with freshly drawn parameters."""
         from llmlab.models.decoder import DecoderModel
 
         return DecoderModel(self, rngs=rngs)
 
-    def abstract(self) -> "tuple[nnx.GraphDef, Params, Axes]":
-        """Graph definition, parameter shapes and logical axes, without allocating anything."""
-        model = nnx.eval_shape(lambda: self.build(nnx.Rngs(params=0)))
-        graphdef, params = split(model)
-        return graphdef, params, logical_axes(model)
-
-    def num_parameters(self) -> int:
-        """Number of parameters, a tied table counted once."""
-        return num_parameters(self.abstract()[1])
+    def flops(self, shapes: Shapes, *, training: bool = True) -> int:
+        batch, length = shapes["input_ids"]
+        return batch * length * self.flops_per_token(length, training=training)
 
     def flops_per_token(self, sequence_length: int, *, training: bool = True) -> int:
-        """Matmul FLOPs per token of one forward pass, or of forward and backward (three times that).
-
-        Convention: two per multiply-add; the head's matmul counts, the embedding lookup does not; attention counts
-        every key of the sequence (or window), masked or not; norms, activations, softmax and rematerialisation do not
-        count.
-        """
+        """`flops` of a sequence of this length, for each of its tokens."""
         params = self.abstract()[1]
-        flat = jax.tree_util.tree_flatten_with_path(params)[0]
-        matmul = sum(math.prod(leaf.shape) for path, leaf in flat if _name(path[-1]) == "kernel")
+        matmul = matmul_parameters(params) - sum(b.ffn.idle_parameters(self.embed_dim) for b in self.layers())
         if isinstance(self.head, Tied):
             matmul += math.prod(params["embedding"]["tokens"]["table"].shape)
         context = sum(block.mixer.context_flops(self.embed_dim, sequence_length) for block in self.layers())
         return (3 if training else 1) * (2 * matmul + context)
 
 
-def named(presets: Mapping[str, Transformer], name: str) -> Transformer:
+def layers_of(pattern: tuple[Block, ...], num_layers: int) -> tuple[Block, ...]:
+    """The block of every layer of a stack, first to last."""
+    return tuple(pattern[i % len(pattern)] for i in range(num_layers))
+
+
+def check_stack(pattern: tuple[Block, ...], num_layers: int, embed_dim: int) -> None:
+    """Raise ValueError for a stack that cannot be built."""
+    if not pattern:
+        raise ValueError("pattern is empty; give it at least one Block")
+    for name, value in (("embed_dim", embed_dim), ("num_layers", num_layers)):
+        if value < 1:
+            raise ValueError(f"{name}={value} is not positive")
+    for block in pattern:
+        block.mixer.context_flops(embed_dim, 1)  # heads that do not divide the width are an error here
+
+
+def named(presets: Mapping[str, Config], name: str) -> Config:
     """The preset of this name, with or without the family in front: "nano" finds "llama-nano" among Llama's.
 
     Raises:
@@ -145,7 +214,3 @@ def named(presets: Mapping[str, Transformer], name: str) -> Transformer:
     if len(matches) != 1:
         raise ValueError(f"no preset is called {name!r}; there are {', '.join(presets)}")
     return presets[matches[0]]
-
-
-def _name(key: Any) -> str:
-    return str(key.key)

@@ -7,7 +7,6 @@ costs `config.flops_per_token(S, training=False)` FLOPs a token.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -15,32 +14,17 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from llmlab.models.config import Transformer
-from llmlab.nn.config import Cache, Context
+from llmlab.models.losses import mean_cross_entropy
+from llmlab.models.outputs import CausalOutput, Hidden
+from llmlab.nn.config import Auxiliary, Block, Cache, Context
 from llmlab.nn.dropout import dropout
 from llmlab.nn.embedding import Embedding
-from llmlab.nn.masks import Causal, Mask, Padding, Segments
+from llmlab.nn.masks import Causal, Mask, Padding, Prefix, Segments
 from llmlab.nn.stack import Stack
 from llmlab.sharding import shard
 
 # fold_in constant that separates the embedding's dropout from the layers', which fold in their index.
 _EMBEDDING_KEY = 0xE4B
-
-
-@dataclass(frozen=True)
-class CausalOutput:
-    """What a causal language model returns."""
-
-    logits: Float[Array, "B S V"]
-    """Scores of the next token, float32."""
-    last_hidden_state: Float[Array, "B S D"]
-    """Input of the head."""
-    loss: Float[Array, ""] | None = None
-    """Mean cross-entropy over the counted labels, when labels were given."""
-    cache: tuple[Cache, ...] | None = None
-    """Keys and values with this call's positions stored, when a cache was given."""
-
-
-jax.tree_util.register_dataclass(CausalOutput)
 
 
 class InputEmbedding(nnx.Module):
@@ -85,6 +69,7 @@ class DecoderModel(nnx.Module):
         attention_mask: Bool[Array, "B T"] | Int[Array, "B T"] | None = None,
         position_ids: Int[Array, "B S"] | None = None,
         segment_ids: Int[Array, "B S"] | None = None,
+        prefix_length: Int[Array, "B"] | None = None,
         labels: Int[Array, "B S"] | None = None,
         key: jax.Array | None = None,
         cache: Sequence[Cache] | None = None,
@@ -96,14 +81,23 @@ class DecoderModel(nnx.Module):
             attention_mask: true or 1 where a token is real; in cached decoding, over the cache's slots.
             position_ids: position of each token in its document; 0, 1, 2... by default, whatever the padding.
             segment_ids: number of the document a token belongs to in a packed row; attention stays inside it.
+            prefix_length: tokens at the start of each row that all see each other (a prefix language model).
             labels: the target of each position (already shifted), -100 where it is not counted; gives `loss`.
             key: makes dropout active.
             cache: one per layer; the call's positions are stored in it and all stored positions attended to.
         """
-        hidden_BSD, caches = self.hidden_states(input_ids, attention_mask, position_ids, segment_ids, key, cache)
-        logits_BSV = self.project(hidden_BSD)
-        loss = None if labels is None else _mean_cross_entropy(logits_BSV, labels)
-        return CausalOutput(logits=logits_BSV, last_hidden_state=hidden_BSD, loss=loss, cache=caches)
+        hidden = self.hidden_states(input_ids, attention_mask, position_ids, segment_ids, prefix_length, key, cache)
+        logits_BSV = self.project(hidden.states)
+        loss = None
+        if labels is not None:
+            loss = sum(self.auxiliary_losses(hidden.auxiliary).values(), mean_cross_entropy(logits_BSV, labels))
+        return CausalOutput(
+            logits=logits_BSV,
+            last_hidden_state=hidden.states,
+            loss=loss,
+            cache=hidden.cache,
+            auxiliary=hidden.auxiliary,
+        )
 
     def hidden_states(
         self,
@@ -111,13 +105,14 @@ class DecoderModel(nnx.Module):
         attention_mask: Bool[Array, "B T"] | Int[Array, "B T"] | None = None,
         position_ids: Int[Array, "B S"] | None = None,
         segment_ids: Int[Array, "B S"] | None = None,
+        prefix_length: Int[Array, "B"] | None = None,
         key: jax.Array | None = None,
         cache: Sequence[Cache] | None = None,
-    ) -> tuple[Float[Array, "B S D"], tuple[Cache, ...] | None]:
-        """Input of the head, and the caches; arguments as for a call."""
+    ) -> Hidden:
+        """Input of the head, and what else the stack gives; arguments as for a call."""
         if position_ids is None:
             position_ids = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
-        mask: Mask = Causal()
+        mask: Mask = Causal() if prefix_length is None else Prefix(prefix_length)
         if attention_mask is not None:
             mask = mask & Padding(attention_mask.astype(bool))
         if segment_ids is not None:
@@ -125,8 +120,16 @@ class DecoderModel(nnx.Module):
         embedding_key = None if key is None else jax.random.fold_in(key, _EMBEDDING_KEY)
         x_BSD = self.embedding(input_ids, position_ids, embedding_key)
         x_BSD = shard(x_BSD, "batch", "sequence", "embed")
-        x_BSD, caches = self.stack(x_BSD, Context(mask=mask, position_ids=position_ids), key, cache)
-        return (x_BSD if self.final_norm is None else self.final_norm(x_BSD)), caches
+        context = Context(
+            mask=mask, position_ids=position_ids, valid=valid_tokens(input_ids, attention_mask, segment_ids)
+        )
+        x_BSD, caches, auxiliary = self.stack(x_BSD, context, key, cache)
+        states_BSD = x_BSD if self.final_norm is None else self.final_norm(x_BSD)
+        return Hidden(states=states_BSD, cache=caches, auxiliary=auxiliary)
+
+    def auxiliary_losses(self, auxiliary: Auxiliary) -> dict[str, Float[Array, ""]]:
+        """Weighted terms that training adds to the mean loss, by name; none for most models."""
+        return auxiliary_losses(self.config.pattern, auxiliary)
 
     def project(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Scores over the vocabulary, float32."""
@@ -134,8 +137,26 @@ class DecoderModel(nnx.Module):
         return logits.astype(jnp.float32)
 
 
-def _mean_cross_entropy(logits_BSV: jax.Array, labels_BS: jax.Array) -> jax.Array:
-    counted = labels_BS != -100
-    log_probs = jax.nn.log_softmax(logits_BSV)
-    nll = -jnp.take_along_axis(log_probs, jnp.where(counted, labels_BS, 0)[..., None], axis=-1)[..., 0]
-    return jnp.sum(nll * counted) / jnp.maximum(jnp.sum(counted), 1)
+def valid_tokens(
+    input_ids: Int[Array, "B S"],
+    attention_mask: Bool[Array, "B T"] | Int[Array, "B T"] | None,
+    segment_ids: Int[Array, "B S"] | None,
+) -> Bool[Array, "B S"] | None:
+    """Which tokens are real, as mask and segments (0 is padding) tell; None where neither was given.
+
+    In cached decoding the mask is over the cache's slots and says nothing of the call's tokens, which are real.
+    """
+    valid = None
+    if attention_mask is not None and attention_mask.shape == input_ids.shape:
+        valid = attention_mask.astype(bool)
+    if segment_ids is not None:
+        valid = segment_ids != 0 if valid is None else valid & (segment_ids != 0)
+    return valid
+
+
+def auxiliary_losses(pattern: Sequence[Block], auxiliary: Auxiliary) -> dict[str, Float[Array, ""]]:
+    """The losses of a stack's feed-forwards; blocks of one pattern report and weigh alike."""
+    losses: dict[str, Float[Array, ""]] = {}
+    for block in pattern:
+        losses |= block.ffn.losses(auxiliary)
+    return losses

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 from llmlab.models.config import Head, Tied, Transformer, Untied, named
+from llmlab.models.family import Family, HuggingFace
 from llmlab.models.hf_config import ACTIVATIONS, Attributes, activation_to_hf, block_of, check_same
 from llmlab.models.transforms import Conv1D, Fused, Vector
 from llmlab.models.weights import Row, WeightTable, linear, norm
@@ -87,7 +88,8 @@ def preset(name: str) -> Transformer:
 def from_hf(config: Mapping[str, Any]) -> Transformer:
     """Model of a Hugging Face config with model_type gpt2; ValueError lists every attribute that is not implemented."""
     hf = Attributes(config, "gpt2")
-    hf.causal("GPT2LMHeadModel", "GPT2Model")
+    hf.common()
+    hf.architecture({"GPT2LMHeadModel": None, "GPT2Model": None})
     hf.fixed("scale_attn_by_inverse_layer_idx", False)
     hf.fixed("n_ctx", config.get("n_positions", 1024))  # the length's second name in early configs
     build = partial(
@@ -168,4 +170,15 @@ WEIGHTS = WeightTable(
         *norm("transformer.ln_f", "final_norm"),
         *linear("lm_head", "head"),
     ),
+)
+
+FAMILY = Family(
+    name="GPT-2",
+    kind="decoder",
+    paper="Radford et al. 2019",
+    presets=PRESETS,
+    heads=("Tied", "Untied"),
+    objectives=("NextToken", "PrefixLM"),
+    reference="transformers GPT2LMHeadModel",
+    hugging_face=HuggingFace(model_type="gpt2", from_hf=from_hf, to_hf=to_hf, weights=WEIGHTS),
 )

@@ -125,13 +125,18 @@ class Attributes:
         self._problems: list[str] = []
         self._nested: list[Attributes] = []
 
-    def causal(self, *architectures: str) -> None:
-        """Take what any config may hold with one value only, and the names of the model classes."""
+    def common(self, **but: Any) -> None:
+        """Take what any config may hold with one value only; `but` names other values that this family has there."""
         for name, allowed in _FIXED.items():
-            self.fixed(name, *allowed)
-        for architecture in self.optional("architectures", list) or []:
-            if architecture not in architectures:
-                self.problem(f"architectures names {architecture}; implemented are {', '.join(architectures)}")
+            self.fixed(name, *((but[name],) if name in but else allowed))
+
+    def architecture(self, table: Mapping[str, T]) -> T:
+        """What the table gives for the model class that the config names; its first entry where none is named."""
+        names = self.optional("architectures", list) or [next(iter(table))]
+        for name in names:
+            if name not in table:
+                self.problem(f"architectures names {name}; implemented are {', '.join(table)}")
+        return table.get(names[0], next(iter(table.values())))
 
     def nested(self, *names: str) -> "Attributes":
         """Attributes of the first of these objects that is there and not empty; its problems are reported by this."""

@@ -8,43 +8,28 @@ the whole list. Saving writes float32, so that reading it back gives the same bi
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from llmlab.models import gpt2, llama
-from llmlab.models.config import Transformer
-from llmlab.models.decoder import DecoderModel
+from llmlab.models import catalog
+from llmlab.models.config import ModelConfig
+from llmlab.models.family import HuggingFace
 from llmlab.models.safetensors_io import INDEX, SINGLE, Checkpoint, read_json, write_checkpoint, write_json
-from llmlab.models.weights import WeightTable, dump, load, tensor_shapes, unflatten
+from llmlab.models.weights import dump, load, tensor_shapes, unflatten
 from llmlab.nn.module import merge, split
 
 CONFIG = "config.json"
 
 
-@dataclass(frozen=True)
-class Family:
-    """One architecture's way to and from Hugging Face."""
-
-    from_hf: Callable[[Mapping[str, Any]], Transformer]
-    """Model config from the contents of config.json."""
-    to_hf: Callable[[Transformer], dict[str, Any]]
-    """Contents of config.json; ValueError with the differences if the family cannot express the model."""
-    weights: WeightTable
-    """Which tensor is which parameter."""
-
-
-FAMILIES: dict[str, Family] = {
-    "gpt2": Family(gpt2.from_hf, gpt2.to_hf, gpt2.WEIGHTS),
-    "llama": Family(llama.from_hf, llama.to_hf, llama.WEIGHTS),
+FAMILIES: dict[str, HuggingFace] = {
+    family.hugging_face.model_type: family.hugging_face for family in catalog.FAMILIES if family.hugging_face
 }
 """Families by the `model_type` of their configs."""
 
 
-def load_hf(directory: str | os.PathLike[str]) -> DecoderModel:
+def load_hf(directory: str | os.PathLike[str]) -> Any:
     """The model of a Hugging Face directory, its parameters in float32.
 
     bfloat16 and float16 weights convert without loss. Needs the memory of the float32 model and of its largest
@@ -66,14 +51,14 @@ def load_hf(directory: str | os.PathLike[str]) -> DecoderModel:
     return merge(graphdef, unflatten(leaves))
 
 
-def save_hf(model: DecoderModel, directory: str | os.PathLike[str], *, max_shard_bytes: int = 5 * 10**9) -> Path:
+def save_hf(model: Any, directory: str | os.PathLike[str], *, max_shard_bytes: int = 5 * 10**9) -> Path:
     """Write a model as a Hugging Face directory that `transformers` and `load_hf` open; returns the directory.
 
     Everything is written beside its place first and moved there at the end, config.json last: a directory with a
     config is complete. Other files in the directory, a tokenizer's for instance, stay.
 
     Args:
-        model: a decoder of a family that Hugging Face has.
+        model: of a family that Hugging Face has.
         directory: created if it is not there.
         max_shard_bytes: weights beyond this size are written as several files with an index.
 
@@ -101,7 +86,7 @@ def save_hf(model: DecoderModel, directory: str | os.PathLike[str], *, max_shard
     return root
 
 
-def _read_config(root: Path) -> tuple[Family, dict[str, Any]]:
+def _read_config(root: Path) -> tuple[HuggingFace, dict[str, Any]]:
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is no directory")
     if not (root / CONFIG).is_file():
@@ -113,7 +98,7 @@ def _read_config(root: Path) -> tuple[Family, dict[str, Any]]:
     return FAMILIES[model_type], config
 
 
-def _express(model: Transformer) -> tuple[Family, dict[str, Any]]:
+def _express(model: ModelConfig) -> tuple[HuggingFace, dict[str, Any]]:
     """The family that has this model, and its config."""
     reasons: list[str] = []
     for family in FAMILIES.values():

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 from llmlab.models.config import Head, Tied, Transformer, Untied, named
+from llmlab.models.family import Family, HuggingFace
 from llmlab.models.hf_config import ACTIVATIONS, Attributes, activation_to_hf, block_of, check_same
 from llmlab.models.hf_rotary import rotary_from_hf, rotary_to_hf
 from llmlab.models.transforms import Linear
@@ -125,7 +126,8 @@ def preset(name: str) -> Transformer:
 def from_hf(config: Mapping[str, Any]) -> Transformer:
     """Model of a Hugging Face config with model_type llama; ValueError lists every attribute not implemented."""
     hf = Attributes(config, "llama")
-    hf.causal("LlamaForCausalLM", "LlamaModel")
+    hf.common()
+    hf.architecture({"LlamaForCausalLM": None, "LlamaModel": None})
     build = partial(
         llama,
         embed_dim=hf.integer("hidden_size", 4096),
@@ -205,4 +207,15 @@ WEIGHTS = WeightTable(
         *norm("model.norm", "final_norm"),
         *linear("lm_head", "head"),
     ),
+)
+
+FAMILY = Family(
+    name="Llama",
+    kind="decoder",
+    paper="Touvron et al. 2023, 2302.13971",
+    presets=PRESETS,
+    heads=("Tied", "Untied"),
+    objectives=("NextToken", "PrefixLM"),
+    reference="transformers LlamaForCausalLM",
+    hugging_face=HuggingFace(model_type="llama", from_hf=from_hf, to_hf=to_hf, weights=WEIGHTS),
 )

@@ -25,6 +25,7 @@ from llmlab.nn.config import Cache, Context, Mixer, Norm
 from llmlab.nn.dense import Dense
 from llmlab.nn.dropout import check_rate
 from llmlab.nn.kernels import Kernel, attention
+from llmlab.nn.kernels.bias import Bias
 from llmlab.nn.masks import Full, Mask, SlidingWindow
 from llmlab.nn.positions import BiasPosition, QueryKeyPosition
 from llmlab.sharding import shard
@@ -132,7 +133,8 @@ class AttentionLayer(nnx.Module):
         mask = context.mask
         if self.config.window is not None:
             mask = mask & SlidingWindow(left=self.config.window - 1, right=self.config.window - 1)
-        return self.attend(q_BSNH, k_BTKH, v_BTKH, mask, key, query_index), cache
+        bias = context.bias if self.relative is None else self.relative.bias()
+        return self.attend(q_BSNH, k_BTKH, v_BTKH, mask, key, query_index, bias), cache
 
     def project(
         self, x_BSD: Float[Array, "B S D"], source_BTD: Float[Array, "B T D"]
@@ -153,6 +155,7 @@ class AttentionLayer(nnx.Module):
         mask: Mask,
         key: jax.Array | None,
         query_index: jax.Array | None = None,
+        bias: Bias | None = None,
     ) -> Float[Array, "B S D"]:
         """Attention over the given keys, projected back to the residual stream."""
         o_BSNH = attention(
@@ -160,7 +163,7 @@ class AttentionLayer(nnx.Module):
             k_BTKH,
             v_BTKH,
             mask=mask,
-            bias=None if self.relative is None else self.relative.bias(),
+            bias=bias,
             scale=self.scale,
             softcap=self.config.softcap,
             dropout=self.config.dropout if key is not None else 0.0,

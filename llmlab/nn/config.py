@@ -5,15 +5,20 @@ if-chain. The module that a config builds lives beside it in the same file.
 """
 
 import abc
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from llmlab.nn.dropout import check_rate
+from llmlab.nn.kernels.bias import Bias
 from llmlab.nn.masks import Mask
+
+Auxiliary = dict[str, Array]
+"""What a layer reports besides its output, by name (a router's statistics); empty for most layers."""
 
 
 @runtime_checkable
@@ -36,6 +41,15 @@ class Context:
     """Which keys a query may see, in the layer's own sequence."""
     position_ids: Int[Array, "B S"]
     """Position of every token in its own document."""
+    valid: Bool[Array, "B S"] | None = None
+    """Which tokens are real; None for all. Padding takes no expert's capacity and counts in no statistics."""
+    bias: Bias | None = None
+    """Bias on the logits of self-attention that all layers share (T5)."""
+    global_tokens: Bool[Array, "B S"] | None = None
+    """Tokens that see all tokens and are seen by all, in sparse attention that has such (Longformer)."""
+    draws: Mapping[str, Array] | None = None
+    """Random draws by name, where a caller fixes them: "lsh_rotations", "random_blocks", ... None: layers draw from
+    the seed of their config."""
     memory: Any = None
     """Encoder states (B, T, D) for cross-attention."""
     memory_mask: Any = None
@@ -74,7 +88,19 @@ class FeedForward(abc.ABC):
 
     @abc.abstractmethod
     def build(self, dim: int, *, rngs: nnx.Rngs, depth: int = 1) -> nnx.Module:
-        """Module `(x_BSD, key=None) -> y_BSD`; `depth` as for a mixer."""
+        """Module `(x_BSD, context, key=None) -> (y_BSD, auxiliary)`; `depth` as for a mixer."""
+
+    def losses(self, auxiliary: Auxiliary) -> dict[str, Float[Array, ""]]:
+        """Weighted terms that training adds to its mean loss, from what the layers of a stack reported.
+
+        Args:
+            auxiliary: as a stack returns it, every array with a leading dimension of layers.
+        """
+        return {}
+
+    def idle_parameters(self, dim: int) -> int:
+        """Matmul parameters of one layer that a token does not meet (the experts it is not sent to)."""
+        return 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +109,7 @@ class Wiring(abc.ABC):
 
     @abc.abstractmethod
     def build(self, block: "Block", dim: int, *, rngs: nnx.Rngs, depth: int = 1) -> nnx.Module:
-        """Module `(x_BSD, context, key=None, cache=None) -> (y_BSD, cache)`."""
+        """Module `(x_BSD, context, key=None, cache=None) -> (y_BSD, cache, auxiliary)`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,5 +133,5 @@ class Block:
         check_rate("dropout", self.dropout)
 
     def build(self, dim: int, *, rngs: nnx.Rngs, depth: int = 1) -> nnx.Module:
-        """Module `(x_BSD, context, key=None, cache=None) -> (y_BSD, cache)`."""
+        """Module `(x_BSD, context, key=None, cache=None) -> (y_BSD, cache, auxiliary)`."""
         return self.wiring.build(self, dim, rngs=rngs, depth=depth)

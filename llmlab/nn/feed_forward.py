@@ -19,7 +19,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from llmlab.nn.config import FeedForward
+from llmlab.nn.config import Auxiliary, Context, FeedForward
 from llmlab.nn.dense import Dense
 from llmlab.nn.dropout import check_rate, dropout
 from llmlab.sharding import shard
@@ -88,9 +88,11 @@ class MLPLayer(nnx.Module):
         self.up = Dense(embed, mlp, bias=config.bias, rngs=rngs)
         self.down = Dense(mlp, embed, bias=config.bias, rngs=rngs, gain=1 / math.sqrt(2 * depth))
 
-    def __call__(self, x_BSD: Float[Array, "B S D"], key: jax.Array | None = None) -> Float[Array, "B S D"]:
+    def __call__(
+        self, x_BSD: Float[Array, "B S D"], context: Context | None = None, key: jax.Array | None = None
+    ) -> tuple[Float[Array, "B S D"], Auxiliary]:
         h_BSF = ACTIVATIONS[self.activation](shard(self.up(x_BSD), "batch", "sequence", "mlp"))
-        return self.down(dropout(h_BSF, self.dropout, key))
+        return self.down(dropout(h_BSF, self.dropout, key)), {}
 
 
 class GatedMLPLayer(nnx.Module):
@@ -104,10 +106,12 @@ class GatedMLPLayer(nnx.Module):
         self.up = Dense(embed, mlp, bias=config.bias, rngs=rngs)
         self.down = Dense(mlp, embed, bias=config.bias, rngs=rngs, gain=1 / math.sqrt(2 * depth))
 
-    def __call__(self, x_BSD: Float[Array, "B S D"], key: jax.Array | None = None) -> Float[Array, "B S D"]:
+    def __call__(
+        self, x_BSD: Float[Array, "B S D"], context: Context | None = None, key: jax.Array | None = None
+    ) -> tuple[Float[Array, "B S D"], Auxiliary]:
         gate_BSF = ACTIVATIONS[self.activation](shard(self.gate(x_BSD), "batch", "sequence", "mlp"))
         h_BSF = gate_BSF * shard(self.up(x_BSD), "batch", "sequence", "mlp")
-        return self.down(dropout(h_BSF, self.dropout, key))
+        return self.down(dropout(h_BSF, self.dropout, key)), {}
 
 
 def _check(hidden_dim: int, rate: float) -> None:

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from llmlab.nn.config import Block, Cache, Context
+from llmlab.nn.config import Auxiliary, Block, Cache, Context
 from llmlab.nn.dropout import check_rate
 from llmlab.nn.module import stack_axes
 from llmlab.nn.platform import platform
@@ -88,40 +88,51 @@ class Stack(nnx.Module):
         context: Context,
         key: jax.Array | None = None,
         cache: Sequence[Cache] | None = None,
-    ) -> tuple[Float[Array, "B S D"], tuple[Cache, ...] | None]:
-        """Output of the last layer, and the caches with the new positions stored (one per layer, first to last)."""
+    ) -> tuple[Float[Array, "B S D"], tuple[Cache, ...] | None, Auxiliary]:
+        """Output of the last layer; the caches with the new positions stored (one per layer, first to last); and what
+        the layers report, every array with a leading dimension of the layers that report it (in no order)."""
         split = [nnx.split(block) for block in self.blocks]
         graphdefs = [graphdef for graphdef, _ in split]
         stacked = [params for _, params in split]
         period = len(graphdefs)
         repeats = self.num_layers // period if period else 0
         caches = list(cache) if cache is not None else None
+        reports: list[Auxiliary] = []
 
-        def repeat(x: jax.Array, params: Sequence[Any], number: jax.Array | int) -> jax.Array:
+        def repeat(
+            x: jax.Array, params: Sequence[Any], number: jax.Array | int
+        ) -> tuple[jax.Array, tuple[Auxiliary, ...]]:
+            reports = []
             for i, graphdef in enumerate(graphdefs):
-                x, _ = self._layer(nnx.merge(graphdef, params[i]), x, context, key, number * period + i, None)
-            return x
+                layer, index = nnx.merge(graphdef, params[i]), number * period + i
+                x, _, report = self._layer(layer, x, context, key, index, None)
+                reports.append(report)
+            return x, tuple(reports)
 
         if caches is None and not self.execution.unrolled(self.num_layers):
             step = self._remat(repeat)
             numbers = jnp.arange(repeats)
-            x_BSD, _ = jax.lax.scan(lambda x, xs: (step(x, xs[0], xs[1]), None), x_BSD, (stacked, numbers))
+            x_BSD, looped = jax.lax.scan(lambda x, xs: step(x, xs[0], xs[1]), x_BSD, (stacked, numbers))
+            reports += looped
         else:
             layers = _unstack(stacked, repeats)
             for number in range(repeats):
                 if caches is None:
-                    x_BSD = self._remat(repeat)(x_BSD, layers[number], number)
+                    x_BSD, written_out = self._remat(repeat)(x_BSD, layers[number], number)
+                    reports += [_one(report) for report in written_out]
                     continue
                 for i, graphdef in enumerate(graphdefs):
                     layer, index = nnx.merge(graphdef, layers[number][i]), number * period + i
-                    x_BSD, caches[index] = self._layer(layer, x_BSD, context, key, index, caches[index])
+                    x_BSD, caches[index], report = self._layer(layer, x_BSD, context, key, index, caches[index])
+                    reports.append(_one(report))
         for i, layer in enumerate(self.remainder):
             index = repeats * period + i
             before = None if caches is None else caches[index]
-            x_BSD, after = self._layer(layer, x_BSD, context, key, index, before)
+            x_BSD, after, report = self._layer(layer, x_BSD, context, key, index, before)
+            reports.append(_one(report))
             if caches is not None:
                 caches[index] = after
-        return x_BSD, None if caches is None else tuple(caches)
+        return x_BSD, None if caches is None else tuple(caches), _joined(reports)
 
     def _layer(
         self,
@@ -131,19 +142,30 @@ class Stack(nnx.Module):
         key: jax.Array | None,
         index: jax.Array | int,
         cache: Cache | None,
-    ) -> tuple[jax.Array, Any]:
+    ) -> tuple[jax.Array, Any, Auxiliary]:
         key = None if key is None else jax.random.fold_in(key, index)
-        y_BSD, cache = layer(x_BSD, context, key, cache)
+        y_BSD, cache, auxiliary = layer(x_BSD, context, key, cache)
         if key is not None and self.execution.layer_drop > 0.0:
             # A key of its own: the layer has split `key` for its dropout.
             drop = jax.random.bernoulli(jax.random.fold_in(key, 0x1A7E2), self.execution.layer_drop)
             y_BSD = jnp.where(drop, x_BSD, y_BSD)
-        return shard(y_BSD, "batch", "sequence", "embed"), cache
+        return shard(y_BSD, "batch", "sequence", "embed"), cache, auxiliary
 
-    def _remat(self, function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    def _remat(self, function: Callable[..., Any]) -> Callable[..., Any]:
         if self.execution.remat == "none":
             return function
         return jax.checkpoint(function, policy=_POLICIES[self.execution.remat])
+
+
+def _one(report: Auxiliary) -> Auxiliary:
+    """The report of one layer with a dimension of layers."""
+    return {name: value[None] for name, value in report.items()}
+
+
+def _joined(reports: Sequence[Auxiliary]) -> Auxiliary:
+    """All reports as one, along the dimension of layers."""
+    names = dict.fromkeys(name for report in reports for name in report)
+    return {name: jnp.concatenate([report[name] for report in reports if name in report]) for name in names}
 
 
 def _stacked(block: Block, repeats: int, depth: int, dim: int, rngs: nnx.Rngs) -> nnx.Module:

@@ -14,16 +14,18 @@ matmuls of both branches run as one.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from llmlab.nn.config import Block, Cache, Context, Wiring
+from llmlab.nn.config import Auxiliary, Block, Cache, Context, Wiring
 from llmlab.nn.dropout import dropout, split_key
 
-Output = tuple[Float[Array, "B S D"], Cache | None]
+Output = tuple[Float[Array, "B S D"], Cache | None, Auxiliary]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,16 +106,17 @@ class Branch(nnx.Module):
         self.scale = None if gain is None else nnx.Param(gain, axes=("embed",)[: gain.ndim])
 
     def __call__(
-        self, part: Callable[[jax.Array], Output], x_BSD: Float[Array, "B S D"], key: jax.Array | None
-    ) -> Output:
+        self, part: Callable[[jax.Array], tuple[jax.Array, T]], x_BSD: Float[Array, "B S D"], key: jax.Array | None
+    ) -> tuple[Float[Array, "B S D"], T]:
+        """The stream after the part, and what else the part returned."""
         h_BSD = x_BSD if self.norm_input is None else self.norm_input(x_BSD)
-        y_BSD, cache = part(h_BSD)
+        y_BSD, other = part(h_BSD)
         if self.norm_output is not None:
             y_BSD = self.norm_output(y_BSD)
         if self.scale is not None:
             y_BSD = y_BSD * self.scale[...]
         z_BSD = x_BSD + dropout(y_BSD, self.dropout, key)
-        return (z_BSD if self.norm_sum is None else self.norm_sum(z_BSD)), cache
+        return (z_BSD if self.norm_sum is None else self.norm_sum(z_BSD)), other
 
 
 class SerialLayer(nnx.Module):
@@ -151,8 +154,8 @@ class SerialLayer(nnx.Module):
         if self.cross is not None and self.cross_branch is not None:
             cross = self.cross
             x_BSD, _ = self.cross_branch(lambda h: cross(h, context, key_cross), x_BSD, drop_cross)
-        x_BSD, _ = self.ffn_branch(lambda h: (self.ffn(h, key_ffn), None), x_BSD, drop_ffn)
-        return x_BSD, cache
+        x_BSD, auxiliary = self.ffn_branch(lambda h: self.ffn(h, context, key_ffn), x_BSD, drop_ffn)
+        return x_BSD, cache, auxiliary
 
 
 class ParallelLayer(nnx.Module):
@@ -174,4 +177,5 @@ class ParallelLayer(nnx.Module):
         h_BSD = x_BSD if self.norm_mixer is None else self.norm_mixer(x_BSD)
         g_BSD = h_BSD if self.norm_ffn is None else self.norm_ffn(x_BSD)
         mixed_BSD, cache = self.mixer(h_BSD, context, key_mixer, cache)
-        return x_BSD + dropout(mixed_BSD + self.ffn(g_BSD, key_ffn), self.dropout, key_dropout), cache
+        fed_BSD, auxiliary = self.ffn(g_BSD, context, key_ffn)
+        return x_BSD + dropout(mixed_BSD + fed_BSD, self.dropout, key_dropout), cache, auxiliary

@@ -27,6 +27,21 @@ class LossParts:
     metrics: dict[str, Float[Array, ""]]
     """Further sums, without gradient; "loss" is the plain loss in nats, which is what runs report."""
 
+    def plus(self, terms: dict[str, Float[Array, ""]]) -> "LossParts":
+        """With terms of the mean loss added (a router's load balance): each weighs like the mean over the count.
+
+        They join what is minimised and get a metric each; the plain loss stays. A term that is no mean over tokens is
+        computed for each accumulated part by itself.
+        """
+        if not terms:
+            return self
+        added = {name: term * self.count for name, term in terms.items()}
+        return LossParts(
+            total=sum(added.values(), self.total),
+            count=self.count,
+            metrics={"loss": self.total} | self.metrics | jax.lax.stop_gradient(added),
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Objective(abc.ABC):

@@ -76,15 +76,15 @@ class NextToken(Objective):
         metrics: "loss", the plain nll; "accuracy", how often the target scored highest; and "objective", what is
         minimised, where smoothing or z-loss make that another number.
         """
-        hidden_BSD, _ = model.hidden_states(
+        hidden = model.hidden_states(
             batch["input_ids"],
             attention_mask=batch.get("attention_mask"),
             position_ids=batch.get("position_ids"),
             segment_ids=batch.get("segment_ids"),
             key=key,
         )
-        return chunked_cross_entropy(
-            hidden_BSD,
+        parts = chunked_cross_entropy(
+            hidden.states,
             model.project,
             batch["labels"],
             batch.get("loss_mask"),
@@ -92,6 +92,7 @@ class NextToken(Objective):
             z_loss=self.z_loss,
             chunk=self.chunk,
         )
+        return parts.plus(model.auxiliary_losses(hidden.auxiliary))
 
     def count(self, batch: Batch) -> Float[Array, ""]:
         """Number of positions whose label is not -100, or the sum of their weights."""

@@ -17,7 +17,7 @@ from llmlab.training.state import TrainState, abstract, initialise, new_state, s
 from llmlab.training.step import batch_sharding, make_evaluate_step, make_train_step
 
 if TYPE_CHECKING:
-    from llmlab.models.config import Transformer
+    from llmlab.models.config import ModelConfig
 
 Weights = Callable[[Params], Params]
 """Shapes of parameters to parameters: for a run that starts from weights that exist."""
@@ -27,7 +27,7 @@ Weights = Callable[[Params], Params]
 class Program:
     """See the module's docstring."""
 
-    model: "Transformer"
+    model: "ModelConfig"
     """The model config, its vocabulary settled."""
     graphdef: Any
     """Of the model."""
@@ -47,7 +47,7 @@ class Program:
     @classmethod
     def build(
         cls,
-        model: "Transformer",
+        model: "ModelConfig",
         objective: Objective,
         optimizer: Optimizer,
         mesh: jax.sharding.Mesh,
@@ -103,6 +103,11 @@ class Program:
         """This host's rows of a batch as the global batch on the devices."""
         where = batch_sharding(self.mesh)
         return {name: jax.make_array_from_process_local_data(where, array) for name, array in batch.items()}
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of a batch's arrays, by name."""
+        return {name: array.shape for name, array in self.batch.items()}
 
     @property
     def num_parameters(self) -> int:

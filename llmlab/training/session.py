@@ -37,7 +37,6 @@ from llmlab.training.throughput import FLOP_CONVENTION, Throughput, peak
 
 if TYPE_CHECKING:
     from llmlab.experiment import Experiment
-    from llmlab.models.config import Transformer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +62,7 @@ class Session:
         # Counting takes a second per 10 million tokens: beside everything else.
         counted = in_background(lambda: baselines(dataset))
         program = Program.build(
-            with_vocabulary(self.experiment.model, tokenizer),
+            self.experiment.model.with_vocabulary(tokenizer.vocab_size),
             self.experiment.objective,
             self.experiment.optimizer,
             self.experiment.mesh.build(jax.devices()),
@@ -85,8 +84,8 @@ class Session:
             log.cut_back(start)
             self.started(start, {"data": dataset.fingerprint, "tokenizer": tokenizer.fingerprint})
             speed = Throughput(
-                flops_per_token=program.model.flops_per_token(self.experiment.train.sequence_length),
-                tokens_per_step=self.experiment.train.batch_size * self.experiment.train.sequence_length,
+                flops_per_token=program.model.flops(program.shapes) / program.model.num_tokens(program.shapes),
+                tokens_per_step=program.model.num_tokens(program.shapes),
                 total_steps=self.experiment.train.steps,
                 peak=peak(list(program.mesh.devices.flat)),
             )
@@ -217,22 +216,6 @@ class Session:
             summary["mfu"] = summary["model_flops_per_second"] / speed.peak.flops_per_second
             summary["mfu_convention"] = f"MFU of {speed.peak.source}; {FLOP_CONVENTION}"
         return summary
-
-
-def with_vocabulary(model: "Transformer", tokenizer: Tokenizer) -> "Transformer":
-    """The model config with its vocabulary settled: the tokenizer's, rounded up to a multiple of 128, where it is None.
-
-    Raises:
-        ValueError: it is smaller than the tokenizer's.
-    """
-    if model.vocab_size is None:
-        return dataclasses.replace(model, vocab_size=-(-tokenizer.vocab_size // 128) * 128)
-    if model.vocab_size < tokenizer.vocab_size:
-        raise ValueError(
-            f"model.vocab_size={model.vocab_size} is less than the tokenizer's {tokenizer.vocab_size} tokens; use at "
-            "least that, or None for the tokenizer's size rounded up to a multiple of 128"
-        )
-    return model
 
 
 def _devices(mesh: jax.sharding.Mesh) -> str:

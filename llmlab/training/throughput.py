@@ -4,7 +4,7 @@
     MFU          = model FLOP/s / (number of devices x peak FLOP/s of one)         (Chowdhery et al. 2022, appendix B)
 
 Published MFU differs by convention, so ours is printed beside the number. The numerator counts what the model needs
-(see `Transformer.flops_per_token`), not what the hardware ran: rematerialisation raises the time and not the count. The
+(see `ModelConfig.flops`), not what the hardware ran: rematerialisation raises the time and not the count. The
 denominator is the vendor's dense bfloat16 figure, whatever precision the run uses. A device without such a figure (a
 CPU, a consumer card) is measured: the best of a few large matrix products. That says how much of this machine's own
 speed the run gets, and nothing that could be compared with the vendors' figures; the convention says which one it is.

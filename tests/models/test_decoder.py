@@ -13,7 +13,8 @@ from flax import nnx
 
 from llmlab.models import gpt2, llama
 from llmlab.models.config import Tied, Transformer, Untied
-from llmlab.models.decoder import CausalOutput, DecoderModel
+from llmlab.models.decoder import DecoderModel
+from llmlab.models.outputs import CausalOutput
 from llmlab.nn.attention import Attention
 from llmlab.nn.module import Params, merge, num_parameters, split
 from llmlab.nn.stack import Execution

@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,67 +14,16 @@ from safetensors.numpy import load_file, save_file
 
 from llmlab.models import gpt2, llama
 from llmlab.models.config import Tied, Transformer
-from llmlab.models.decoder import DecoderModel
-from llmlab.models.huggingface import FAMILIES, load_hf, save_hf
-from llmlab.models.weights import dump, flatten
-from llmlab.nn.module import Params, merge, split
+from llmlab.models.huggingface import load_hf, save_hf
+from llmlab.models.weights import flatten
+from llmlab.nn.module import merge, split
 from llmlab.nn.norms import LayerNorm
-from llmlab.nn.stack import Execution
 from llmlab.nn.wiring import Sandwich
+from tests.models.comparison import assert_same_weights, under, weights_of
+from tests.models.references import FIXTURES
 
-FIXTURES = Path(__file__).parent / "fixtures"
 CASES = sorted(path.name for path in FIXTURES.iterdir())
 ROPE_CASES = [case for case in CASES if "-rope-" in case]
-# The claim is 1e-4 of the reference's largest value. Both sides round in float32, 6e-8 an operation, in their own
-# order; a wrong rotary layout or a missing bias is off by 1e-1. A tenth of the claim is asked for.
-CLOSE = 1e-5
-
-
-def reference(case: str) -> dict[str, np.ndarray]:
-    return load_file(FIXTURES / case / "reference.safetensors")
-
-
-def batch(inputs: dict[str, np.ndarray], *names: str) -> dict[str, jax.Array]:
-    return {name: jnp.asarray(inputs[name]) for name in names}
-
-
-def executed(model: DecoderModel, execution: Execution) -> DecoderModel:
-    """The same parameters, the stack applied otherwise."""
-    graphdef = dataclasses.replace(model.config, execution=execution).abstract()[0]
-    return merge(graphdef, split(model)[1])
-
-
-def loss_and_gradient(model: DecoderModel, inputs: dict[str, np.ndarray]) -> tuple[jax.Array, jax.Array, Params]:
-    """Loss, logits, gradient."""
-    graphdef, params = split(model)
-
-    def loss(params: Params) -> tuple[jax.Array, jax.Array]:
-        out = merge(graphdef, params)(**batch(inputs, "input_ids", "attention_mask", "labels"))
-        assert out.loss is not None
-        return out.loss, out.logits
-
-    (value, logits), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
-    return value, logits, gradient
-
-
-def assert_close(ours: Any, theirs: Any, name: str, tolerance: float = CLOSE) -> None:
-    """Within the tolerance of the reference's largest value."""
-    assert np.shape(ours) == np.shape(theirs), name
-    error = np.max(np.abs(np.asarray(ours) - theirs)) / np.max(np.abs(theirs))
-    assert error < tolerance, f"{name} differs by {error:.1e} of its largest value"
-
-
-def weights_of(model: DecoderModel) -> dict[str, np.ndarray]:
-    return {name: np.asarray(leaf) for name, leaf in flatten(split(model)[1]).items()}
-
-
-def assert_same_weights(first: DecoderModel, second: DecoderModel) -> None:
-    """Bitwise."""
-    ours, theirs = weights_of(first), weights_of(second)
-    assert ours.keys() == theirs.keys()
-    for name, leaf in ours.items():
-        assert leaf.dtype == theirs[name].dtype
-        np.testing.assert_array_equal(leaf, theirs[name])
 
 
 def copied(case: str, directory: Path) -> Path:
@@ -93,56 +41,17 @@ def edit_tensors(directory: Path, edit: Any) -> None:
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
 
-def assert_equals_reference(
-    model: DecoderModel, inputs: dict[str, np.ndarray], family: str, tolerance: float = CLOSE
-) -> None:
-    """Logits at real tokens, loss and the gradient of every parameter."""
-    loss, logits, gradient = loss_and_gradient(model, inputs)
-    real = inputs["attention_mask"] == 1  # what padding positions compute is nobody's business
-    assert_close(np.asarray(logits)[real], inputs["logits"][real], "logits", tolerance)
-    assert_close(loss[None], inputs["loss"], "loss", tolerance)
-    ours = {f"gradient.{name}": value for name, value in dump(FAMILIES[family].weights, gradient)}
-    theirs = {name: value for name, value in inputs.items() if name.startswith("gradient.")}
-    assert ours.keys() == theirs.keys()
-    for name, value in theirs.items():
-        assert_close(ours[name], value, name, tolerance)
-
-
-@pytest.mark.parametrize(
-    ("case", "mode"), [*((case, "scan") for case in CASES), ("gpt2", "unroll"), ("llama-gqa-tied", "unroll")]
-)
-def test_logits_and_gradients_equal_those_of_transformers(case, mode):
-    model = executed(load_hf(FIXTURES / case), Execution(mode=mode))
-    assert_equals_reference(model, reference(case), case.partition("-")[0])
-
-
 @pytest.mark.parametrize("case", ROPE_CASES)
 def test_rotary_scaling_changes_its_fixture(case):
-    inputs = reference(case)
+    values = load_file(FIXTURES / case / "reference.safetensors")
+    inputs = under("input", values)
     config = json.loads((FIXTURES / case / "config.json").read_text())
     plain = llama.from_hf({**config, "rope_parameters": None, "rope_scaling": None, "rope_theta": 100.0})
     model = merge(plain.abstract()[0], split(load_hf(FIXTURES / case))[1])
-    logits = model(**batch(inputs, "input_ids", "attention_mask")).logits
+    logits = model(jnp.asarray(inputs["input_ids"]), jnp.asarray(inputs["attention_mask"])).logits
     real = inputs["attention_mask"] == 1
     # otherwise equality above would say nothing about the scaling
-    assert np.max(np.abs(np.asarray(logits)[real] - inputs["logits"][real])) > 1e-2
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_export_then_import_is_exact(case, tmp_path):
-    model = load_hf(FIXTURES / case)
-    again = load_hf(save_hf(model, tmp_path / "out"))
-    assert again.config == model.config
-    assert_same_weights(again, model)
-
-
-@pytest.mark.parametrize("case", [case for case in CASES if "shards" not in case])
-def test_export_writes_the_tensors_that_transformers_wrote(case, tmp_path):
-    save_hf(load_hf(FIXTURES / case), tmp_path)
-    ours, theirs = load_file(tmp_path / "model.safetensors"), load_file(FIXTURES / case / "model.safetensors")
-    assert ours.keys() == theirs.keys()
-    for name, tensor in theirs.items():
-        np.testing.assert_array_equal(ours[name], tensor)
+    assert np.max(np.abs(np.asarray(logits)[real] - values["output.logits"][real])) > 1e-2
 
 
 def test_shards_with_an_index_hold_the_same_model(tmp_path):
@@ -294,15 +203,6 @@ def test_what_a_model_has_beyond_its_family_is_refused_with_every_difference(tmp
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", [*gpt2.PRESETS, *llama.PRESETS])
-def test_presets_survive_the_way_to_a_config_and_back(name):
-    family, presets = (gpt2, gpt2.PRESETS) if name in gpt2.PRESETS else (llama, llama.PRESETS)
-    config = dataclasses.replace(presets[name], vocab_size=presets[name].vocab_size or 1024)
-    again = family.from_hf(json.loads(json.dumps(family.to_hf(config))))
-    assert family.to_hf(again) == family.to_hf(config)
-    assert again.num_parameters() == config.num_parameters()
-
-
 def test_pickled_weights_are_refused_with_the_reason(tmp_path):
     directory = copied("gpt2", tmp_path)
     (directory / "model.safetensors").unlink()
@@ -318,7 +218,7 @@ def test_pickled_weights_are_refused_with_the_reason(tmp_path):
         ("config.json", None, "no config.json"),
         ("config.json", "{", "is not JSON"),
         ("config.json", "[]", "not an object"),
-        ("config.json", '{"model_type": "rwkv"}', "model_type 'rwkv'; implemented are gpt2, llama"),
+        ("config.json", '{"model_type": "rwkv"}', "model_type 'rwkv'; implemented are .*gpt2, llama"),
         ("config.json", '{"model_type": ["gpt2"]}', "model_type"),
     ],
 )

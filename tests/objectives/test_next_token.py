@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llmlab.models.outputs import Hidden
 from llmlab.objectives.next_token import NextToken, chunked_cross_entropy, cross_entropy
 
 B, S, D, V = 3, 10, 6, 17
@@ -25,8 +26,11 @@ class LinearModel:
         position_ids: Any = None,
         segment_ids: Any = None,
         key: jax.Array | None = None,
-    ) -> tuple[jax.Array, None]:
-        return self.params["table"][input_ids], None
+    ) -> Hidden:
+        return Hidden(states=self.params["table"][input_ids])
+
+    def auxiliary_losses(self, auxiliary: Any) -> dict[str, jax.Array]:
+        return {}
 
     def project(self, hidden: jax.Array) -> jax.Array:
         return (hidden @ self.params["head"]).astype(jnp.float32)
@@ -118,7 +122,7 @@ def test_gradient_equals_autodiff_of_the_unchunked_formula() -> None:
 
     def plain(p: dict[str, jax.Array]) -> jax.Array:
         model = LinearModel(p)
-        logits = model.project(model.hidden_states(batch["input_ids"])[0])
+        logits = model.project(model.hidden_states(batch["input_ids"]).states)
         return jnp.sum(cross_entropy(logits, batch["labels"], label_smoothing=0.1, z_loss=1e-3)[0])
 
     objective = NextToken(label_smoothing=0.1, z_loss=1e-3, chunk=4)
@@ -140,7 +144,7 @@ def test_loss_mask_weighs_loss_and_count() -> None:
 
 def test_uncounted_positions_have_no_gradient() -> None:
     params, batch = make_params(), make_batch()
-    hidden = LinearModel(params).hidden_states(batch["input_ids"])[0]
+    hidden = LinearModel(params).hidden_states(batch["input_ids"]).states
     project = LinearModel(params).project
     gradient = jax.grad(lambda h: chunked_cross_entropy(h, project, batch["labels"], chunk=4).total)(hidden)
     np.testing.assert_array_equal(np.any(gradient != 0, axis=-1), batch["labels"] != -100)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from llmlab.models.outputs import Hidden
 from llmlab.nn.dropout import dropout
 
 
@@ -32,12 +33,15 @@ class Tiny(nnx.Module):
         position_ids: Any = None,
         segment_ids: Any = None,
         key: jax.Array | None = None,
-    ) -> tuple[jax.Array, None]:
+    ) -> Hidden:
         x = self.table[...][input_ids]
         lengths = jnp.arange(1, x.shape[1] + 1, dtype=x.dtype)
         x = x + jnp.cumsum(x, axis=1) / lengths[:, None]
         h = dropout(jnp.tanh(x @ self.up[...]), self.rate, key)
-        return (x + h @ self.down[...]) * self.scale[...], None
+        return Hidden(states=(x + h @ self.down[...]) * self.scale[...])
+
+    def auxiliary_losses(self, auxiliary: Any) -> dict[str, jax.Array]:
+        return {}
 
     def project(self, hidden: jax.Array) -> jax.Array:
         return (hidden @ self.head[...]).astype(jnp.float32)

@@ -30,7 +30,7 @@ def assert_equal_trees(found: Any, expected: Any, rtol: float, atol: float = 0.0
 def plain_loss(graphdef: Any, params: Any, batch: Batch) -> jax.Array:
     """Mean of the cross-entropy over the counted tokens, by jax.nn.log_softmax on full logits."""
     model = merge(graphdef, params)
-    logits = model.project(model.hidden_states(batch["input_ids"])[0])
+    logits = model.project(model.hidden_states(batch["input_ids"]).states)
     counted = batch["labels"] != -100
     picked = jnp.take_along_axis(jax.nn.log_softmax(logits), np.where(counted, batch["labels"], 0)[..., None], -1)
     return -jnp.sum(picked[..., 0] * counted) / counted.sum()

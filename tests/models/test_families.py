@@ -1,0 +1,78 @@
+"""Every family: what llmlab computes is what transformers computed when the fixtures were written."""
+
+import dataclasses
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from llmlab.models.catalog import FAMILIES
+from llmlab.models.huggingface import load_hf, save_hf
+from llmlab.nn.module import merge, split
+from llmlab.nn.stack import Execution
+from tests.models.comparison import assert_equals_reference, assert_same_weights
+from tests.models.references import FIXTURES
+
+CASES = sorted(path.name for path in FIXTURES.iterdir())
+PRESETS = {(family.name, name): (family, config) for family in FAMILIES for name, config in family.presets.items()}
+MEGABYTES = 12
+
+
+def model_type(case: str) -> str:
+    return json.loads((FIXTURES / case / "config.json").read_text())["model_type"]
+
+
+def executed(model: Any, execution: Execution) -> Any:
+    """The same parameters, the stack applied otherwise."""
+    graphdef = dataclasses.replace(model.config, execution=execution).abstract()[0]
+    return merge(graphdef, split(model)[1])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_outputs_and_gradients_equal_those_of_transformers(case):
+    assert_equals_reference(
+        load_hf(FIXTURES / case), load_file(FIXTURES / case / "reference.safetensors"), model_type(case)
+    )
+
+
+@pytest.mark.parametrize("case", ["gpt2", "llama-gqa-tied"])
+@pytest.mark.parametrize("mode", ["scan", "unroll"])
+def test_either_way_to_apply_the_stack_equals_transformers(case, mode):
+    model = executed(load_hf(FIXTURES / case), Execution(mode=mode))
+    assert_equals_reference(model, load_file(FIXTURES / case / "reference.safetensors"), model_type(case))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_export_then_import_is_exact_and_writes_the_tensors_that_transformers_wrote(case, tmp_path):
+    model = load_hf(FIXTURES / case)
+    again = load_hf(save_hf(model, tmp_path / "out"))
+    assert again.config == model.config
+    assert_same_weights(again, model)
+    if (FIXTURES / case / "model.safetensors").exists() and "bfloat16" not in case:
+        ours, theirs = (
+            load_file(tmp_path / "out" / "model.safetensors"),
+            load_file(FIXTURES / case / "model.safetensors"),
+        )
+        assert ours.keys() == theirs.keys()
+        for name, tensor in theirs.items():
+            np.testing.assert_array_equal(ours[name], tensor)
+
+
+@pytest.mark.parametrize(("family", "name"), list(PRESETS), ids=lambda part: str(part))
+def test_presets_survive_the_way_to_a_config_and_back(family, name):
+    entry, config = PRESETS[family, name]
+    if entry.hugging_face is None:
+        pytest.skip(f"{family} has no Hugging Face directory")
+    if config.vocab_size is None:
+        config = config.with_vocabulary(1024)
+    hub = entry.hugging_face
+    again = hub.from_hf(json.loads(json.dumps(hub.to_hf(config))))
+    assert hub.to_hf(again) == hub.to_hf(config)
+    assert again.num_parameters() == config.num_parameters()
+
+
+def test_fixtures_stay_small():
+    sizes = {path: path.stat().st_size for path in FIXTURES.rglob("*") if path.is_file()}
+    assert sum(sizes.values()) < MEGABYTES * 1e6
