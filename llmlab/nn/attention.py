@@ -71,12 +71,7 @@ class Attention(Mixer):
 
     def resolved_head_dim(self, dim: int) -> int:
         """Width of a head in a model of width `dim`."""
-        if self.head_dim is None and dim % self.num_heads:
-            raise ValueError(
-                f"embed_dim={dim} is not divisible by num_heads={self.num_heads}; "
-                f"use {dim - dim % self.num_heads} or {dim + self.num_heads - dim % self.num_heads}, or set head_dim"
-            )
-        return self.head_dim or dim // self.num_heads
+        return head_width(dim, self.num_heads, self.head_dim)
 
     def build(self, dim: int, *, rngs: nnx.Rngs, depth: int = 1) -> "AttentionLayer":
         return AttentionLayer(self, dim, rngs=rngs, depth=depth)
@@ -92,6 +87,16 @@ class CrossAttention(Attention):
 
     def build(self, dim: int, *, rngs: nnx.Rngs, depth: int = 1) -> "CrossAttentionLayer":
         return CrossAttentionLayer(self, dim, rngs=rngs, depth=depth)
+
+
+def head_width(dim: int, num_heads: int, head_dim: int | None) -> int:
+    """`head_dim`, or where it is None the width of one of `num_heads` equal parts of `dim`."""
+    if head_dim is None and dim % num_heads:
+        raise ValueError(
+            f"embed_dim={dim} is not divisible by num_heads={num_heads}; "
+            f"use {dim - dim % num_heads} or {dim + num_heads - dim % num_heads}, or set head_dim"
+        )
+    return head_dim or dim // num_heads
 
 
 class AttentionLayer(nnx.Module):

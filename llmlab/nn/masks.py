@@ -186,6 +186,40 @@ class All(Mask):
         return self.masks
 
 
+@dataclass(frozen=True)
+class Visibility:
+    """What a mask says to a layer that has no matrix of queries and keys to apply it to."""
+
+    causal: bool
+    """Whether keys after the query are hidden."""
+    real_BT: Bool[Array, "B T"] | None
+    """Keys that are no padding; None where all are real."""
+    segments_BT: Int[Array, "B T"] | None
+    """The keys' documents; None where a row is one document."""
+
+    @classmethod
+    def of(cls, mask: Mask, layer: str) -> "Visibility":
+        """The mask, taken apart.
+
+        Raises:
+            ValueError: it has a term that is not causal, padding or segments; `layer` is who says so.
+        """
+        causal, real, segments = False, None, None
+        for term in mask.terms:
+            if isinstance(term, Causal):
+                causal = True
+            elif isinstance(term, Padding):
+                real = term.kv_BT if real is None else real & term.kv_BT
+            elif isinstance(term, Segments) and segments is None:
+                segments = term.kv_BT
+            else:
+                raise ValueError(
+                    f"{layer} never forms the matrix of queries and keys, so it cannot apply {type(term).__name__}; "
+                    "it knows Causal, Padding and Segments, and Attention applies every mask"
+                )
+        return cls(causal, real, segments)
+
+
 def _pair(query_index: Index, kv_index: Index) -> tuple[Index, Index]:
     """Both as arrays that broadcast to (B, S, T)."""
     query = query_index if query_index.ndim == 2 else query_index[None]

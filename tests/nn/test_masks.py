@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmlab.nn.masks import All, Causal, Full, Mask, Padding, Prefix, Segments, SlidingWindow
+from llmlab.nn.masks import All, Causal, Full, Mask, Padding, Prefix, Segments, SlidingWindow, Visibility
 
 ROWS, QUERIES, KEYS = 2, 6, 7
 SEGMENT_Q = np.array([[1, 1, 2, 2, 3, 3], [1, 2, 2, 2, 2, 9]])
@@ -106,3 +106,15 @@ def test_kv_range_of_a_band_is_the_band() -> None:
 def test_a_negative_window_is_an_error_that_names_the_value() -> None:
     with pytest.raises(ValueError, match="left=-1 is negative"):
         SlidingWindow(left=-1)
+
+
+def test_a_mask_is_taken_apart_into_what_linear_attention_knows() -> None:
+    real, later = jnp.asarray(REAL), jnp.asarray(~REAL | (np.arange(KEYS) > 2))
+    ids = jnp.asarray(SEGMENT_K)
+    seen = Visibility.of(Padding(real) & Causal() & Segments(ids, ids) & Padding(later), "test")
+    assert seen.causal
+    np.testing.assert_array_equal(seen.real_BT, real & later)
+    np.testing.assert_array_equal(seen.segments_BT, ids)
+    assert Visibility.of(Full(), "test") == Visibility(causal=False, real_BT=None, segments_BT=None)
+    with pytest.raises(ValueError, match="SomeLayer never forms .* cannot apply Prefix"):
+        Visibility.of(Prefix(jnp.array([2, 3])), "SomeLayer")
