@@ -61,7 +61,7 @@ class Experiment:
 
     def _length_problems(self) -> list[str]:
         length, longest = self.train.sequence_length, self.model.max_length
-        if longest is not None and length > longest:
+        if longest is not None and length is not None and length > longest:
             return [
                 f"train.sequence_length={length} is beyond the position table's max_length={longest}; shorten the "
                 f"sequence to {longest}, or set --model.position.max-length {length}"

@@ -182,8 +182,6 @@ def test_the_summary_says_what_the_metrics_say(uninterrupted: runs.Run) -> None:
 def test_validation_loss_is_that_of_the_loaded_model_over_the_whole_split(
     uninterrupted: runs.Run, experiment: Experiment
 ) -> None:
-    from llmlab.data.baselines import baselines
-
     train = experiment.train
     data = experiment.data.build(
         uninterrupted.tokenizer, sequence_length=train.sequence_length, batch_size=16, seed=train.seed
@@ -202,9 +200,9 @@ def test_validation_loss_is_that_of_the_loaded_model_over_the_whole_split(
             scored
         ].sum()
         count += scored.sum()
-    assert count == data.validation.num_tokens
+    assert count == data.sizes["validation"]["tokens"]
     np.testing.assert_allclose(uninterrupted.metrics[-1]["validation/loss"], total / count, rtol=1e-5)
-    assert uninterrupted.summary["baselines"]["bigram"] == baselines(data).bigram
+    assert uninterrupted.summary["baselines"] == data.baselines(1)
 
 
 def test_a_run_killed_twice_ends_with_the_bits_of_an_uninterrupted_one(

@@ -1,14 +1,15 @@
-"""What counting achieves: the loss of a unigram and of a bigram model, to hold a trained model's loss against.
+"""What needs no training: losses of counting models, to hold a trained model's loss against.
 
-Both are fitted on the whole training split and score exactly the tokens that the model is scored on, so the numbers
-are comparable: nats per token of the validation split.
+All are fitted on the training split and score exactly what the model is scored on, so the numbers are comparable:
+nats per counted token (or row) of the validation split.
 
     unigram   p(w) = (c(w) + T / V) / (N + T)                        N tokens, of T kinds, out of V possible
     bigram    p(w | v) = (c(v, w) + T(v) p(w)) / (c(v) + T(v))       c(v) tokens follow v, of T(v) kinds
 
 That is Witten-Bell smoothing (Witten and Bell 1991, "The zero-frequency problem", method C; interpolated as in Chen
 and Goodman 1998, section 2.6): the mass given to what was never seen after v is the rate at which new kinds were met
-there. It sums to one, leaves nothing at zero, and has no parameter to tune.
+there. It sums to one, leaves nothing at zero, and has no parameter to tune. Where targets are not the text itself
+(masked tokens, translations, classes), the unigram is that of the targets, counted over an epoch of training rows.
 
 Counting costs a sort of the token pairs: about a second per 10 million tokens, and memory for the distinct pairs.
 """
@@ -20,20 +21,11 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from llmlab.data.dataset import Dataset
+from llmlab.data.dataset import TrainSplit, ValidationSplit
 from llmlab.data.packing import IGNORE, Corpus, Layout, Rows
 
 _CHUNK = 1 << 22  # tokens counted at a time
-
-
-@dataclass(frozen=True)
-class Baselines:
-    """Losses on the validation split, in nats per token."""
-
-    unigram: float
-    """Of a model that knows how often each token occurs."""
-    bigram: float
-    """Of a model that knows how often each token follows each other one."""
+_TARGETS = 1 << 20  # targets after which no more are counted: the unigram is known to a thousandth of a nat by then
 
 
 @dataclass(frozen=True)
@@ -58,10 +50,7 @@ class BigramModel:
         for chunk in _pairs(corpora, vocab_size, isolate):
             pairs, counts = _merge(pairs, counts, *np.unique(chunk, return_counts=True))
         first, second = np.divmod(pairs, vocab_size)
-        occurrences = _sum(second, counts, vocab_size)
-        seen = np.count_nonzero(occurrences)
-        total = occurrences.sum() + seen
-        unigram = (occurrences + seen / vocab_size) / total if total else np.full(vocab_size, 1 / vocab_size)
+        unigram = smoothed(_sum(second, counts, vocab_size))
         kinds = np.bincount(first, minlength=vocab_size)
         return cls(unigram, _sum(first, counts, vocab_size), kinds, pairs, counts)
 
@@ -80,23 +69,63 @@ class BigramModel:
         return np.log(unigram), np.log(bigram)
 
 
-def baselines(dataset: Dataset) -> Baselines:
-    """The losses of both models on a data set's validation split.
+def next_token(
+    train: Sequence[Corpus], validation: Sequence[Corpus], vocab_size: int, *, isolate: bool
+) -> dict[str, float]:
+    """The losses of both models where every token of the text is predicted from those before it.
 
     In a mixture, the models are fitted on all training documents as they are, whatever the weights.
     """
-    isolate = dataset.train.layout.isolate
-    model = BigramModel.fit(dataset.train.corpora, dataset.vocab_size, isolate=isolate)
+    model = BigramModel.fit(train, vocab_size, isolate=isolate)
+    return _score(model, _pairs(validation, vocab_size, isolate))
+
+
+def next_token_in_rows(
+    train: Sequence[Corpus], validation: ValidationSplit, vocab_size: int, *, isolate: bool
+) -> dict[str, float]:
+    """The same where only some of the text is predicted: the tokens that the validation rows score."""
+    model = BigramModel.fit(train, vocab_size, isolate=isolate)
+    return _score(model, _pairs_of(validation, "input_ids", vocab_size))
+
+
+def targets(train: TrainSplit, validation: ValidationSplit, vocab_size: int, labels: str = "labels") -> float:
+    """The unigram's loss on the rows' targets, counted over an epoch of training rows or their first million."""
+    counts = np.zeros(vocab_size, np.int64)
+    step = 0
+    while min(train.epochs(step)) < 1 and counts.sum() < _TARGETS:
+        batch = train.batch(step)[labels]
+        counts += np.bincount(batch[batch != IGNORE], minlength=vocab_size)
+        step += 1
+    scored = np.zeros(vocab_size, np.int64)
+    for step in range(validation.num_batches):
+        batch = validation.batch(step)[labels]
+        scored += np.bincount(batch[batch != IGNORE], minlength=vocab_size)
+    return -float(np.log(smoothed(counts)) @ scored) / int(scored.sum()) if scored.any() else math.nan
+
+
+def smoothed(occurrences: Int64[np.ndarray, " kinds"]) -> Float64[np.ndarray, " kinds"]:
+    """Witten-Bell probabilities of kinds that were seen so often; all equal where nothing was."""
+    seen, possible = np.count_nonzero(occurrences), len(occurrences)
+    return (occurrences + seen / possible) / (occurrences.sum() + seen) if seen else np.full(possible, 1 / possible)
+
+
+def _score(model: BigramModel, chunks: Iterator[Int64[np.ndarray, " pairs"]]) -> dict[str, float]:
     unigram, bigram, total = 0.0, 0.0, 0
-    for chunk in _pairs(dataset.validation.corpora, dataset.vocab_size, isolate):
+    for chunk in chunks:
         pairs, counts = np.unique(chunk, return_counts=True)
         log_unigram, log_bigram = model.log_probabilities(pairs)
         unigram -= float(log_unigram @ counts)
         bigram -= float(log_bigram @ counts)
         total += len(chunk)
-    if not total:
-        return Baselines(math.nan, math.nan)
-    return Baselines(unigram / total, bigram / total)
+    return {"unigram": unigram / total if total else math.nan, "bigram": bigram / total if total else math.nan}
+
+
+def _pairs_of(split: ValidationSplit, inputs: str, vocab_size: int) -> Iterator[Int64[np.ndarray, " pairs"]]:
+    """Every scored token of the validation rows with the input at its place."""
+    for step in range(split.num_batches):
+        batch = split.batch(step)
+        scored = batch["labels"] != IGNORE
+        yield batch[inputs][scored].astype(np.int64) * vocab_size + batch["labels"][scored]
 
 
 def _pairs(corpora: Sequence[Corpus], vocab_size: int, isolate: bool) -> Iterator[Int64[np.ndarray, " pairs"]]:

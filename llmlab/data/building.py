@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from llmlab.data.config import Data, Weighted
-from llmlab.data.dataset import Dataset, TrainSplit, ValidationSplit, check_sizes
-from llmlab.data.packing import Corpus, Layout
+from llmlab.data import baselines
+from llmlab.data.config import PackedText, Weighted
+from llmlab.data.dataset import Concatenated, Dataset, Mixed, TrainSplit, ValidationSplit, check_sizes
+from llmlab.data.packing import Corpus, Layout, PackedStream, Rows
 from llmlab.data.sources import Report, Source
 from llmlab.data.splitting import validation_below
 from llmlab.data.store import Frame, TokenStore, open_or_build
@@ -16,7 +17,7 @@ from llmlab.tokenizers.base import Tokenizer
 
 
 def build(
-    data: Data,
+    data: PackedText,
     tokenizer: Tokenizer,
     *,
     sequence_length: int,
@@ -48,14 +49,32 @@ def build(
     layout = Layout(sequence_length=sequence_length, isolate=data.isolate, pad_id=pad_id)
     weights = [part.weight for part in data.weighted()]
     made_from = [store.fingerprint for _, store in stores], weights, data.isolate, data.validation_fraction
+    streams = [PackedStream(corpus, layout, seed, i) for i, corpus in enumerate(train)]
+    table = Concatenated([Rows(corpus, None, layout) for corpus in validation])
+    scored = {
+        "documents": sum(corpus.num_documents for corpus in validation),
+        "tokens": sum(corpus.num_scored(data.isolate) for corpus in validation),
+        "bytes": sum(corpus.num_scored_bytes(data.isolate) for corpus in validation),
+    }
     return Dataset(
-        train=TrainSplit(train, weights, layout, batch_size=batch_size, seed=seed),
-        validation=ValidationSplit(validation, layout, batch_size=batch_size),
+        train=TrainSplit(Mixed(streams, weights), batch_size=batch_size),
+        validation=ValidationSplit(table, batch_size=batch_size),
         vocab_size=tokenizer.vocab_size,
         fingerprint=hashlib.sha256(json.dumps(made_from).encode()).hexdigest(),
         sources=tuple(_describe(source, store) for source, store in stores),
+        sizes={"train": _sizes(train), "validation": scored},
+        baselines=lambda parts: baselines.next_token(train, validation, tokenizer.vocab_size, isolate=data.isolate),
+        bytes_per_token=scored["bytes"] / scored["tokens"] if scored["tokens"] else None,
         remarks=tuple(_remarks(stores, train, validation)),
     )
+
+
+def _sizes(corpora: list[Corpus]) -> dict[str, int]:
+    return {
+        "documents": sum(corpus.num_documents for corpus in corpora),
+        "tokens": sum(corpus.num_tokens for corpus in corpora),
+        "bytes": sum(corpus.num_bytes for corpus in corpora),
+    }
 
 
 def choose_frame(tokenizer: Tokenizer, *, bos: bool, isolate: bool) -> Frame:

@@ -31,6 +31,49 @@ class Weighted:
 
 @dataclass(frozen=True, kw_only=True)
 class Data(abc.ABC):
+    """What a run is trained on, and how that becomes batches."""
+
+    @abc.abstractmethod
+    def training_texts(self) -> Iterator[str]:
+        """The texts of the training side, never of the validation side: what a tokenizer may be trained on.
+
+        Raises:
+            ValueError: there is none, or a source cannot be read.
+        """
+
+    @abc.abstractmethod
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of the content and all choices made here: equal data, equal fingerprint."""
+
+    @abc.abstractmethod
+    def build(
+        self,
+        tokenizer: "Tokenizer",
+        *,
+        sequence_length: int | None,
+        batch_size: int,
+        seed: int,
+        cache_dir: Path | None = None,
+        report: Report | None = None,
+    ) -> "Dataset":
+        """The data set: tokenized now, or the last time, and ready for `batch(step)`.
+
+        Args:
+            tokenizer: Turns text into ids.
+            sequence_length: Tokens in a row; None where rows have no tokens.
+            batch_size: Rows in a batch, over all hosts.
+            seed: Decides the order of training rows, and what is drawn for each.
+            cache_dir: Where token stores are kept; None for $LLMLAB_CACHE, or ~/.cache/llmlab.
+            report: Called with the progress of tokenization.
+
+        Raises:
+            FileNotFoundError: a source is not there.
+            ValueError: a source cannot be read or is empty, or one side of the split has no document.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedText(Data):
     """Documents, split, tokenized and packed into rows."""
 
     isolate: bool = True
@@ -42,22 +85,13 @@ class Data(abc.ABC):
     validation documents."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.validation_fraction < 1:
-            raise ValueError(
-                f"validation_fraction={self.validation_fraction} must be between 0 and 1, both excluded; to train on "
-                "all documents of a source, give it validation documents of their own: validation=TextFiles(...)"
-            )
+        check_fraction(self.validation_fraction)
 
     @abc.abstractmethod
     def weighted(self) -> tuple[Weighted, ...]:
         """The sources and their weights."""
 
     def training_texts(self) -> Iterator[str]:
-        """The texts of the training documents, never of validation documents: what a tokenizer may be trained on.
-
-        Raises:
-            ValueError: there is none, or a source cannot be read.
-        """
         found = False
         for part in self.weighted():
             below = 0 if part.validation else validation_below(self.validation_fraction)
@@ -69,7 +103,6 @@ class Data(abc.ABC):
             raise ValueError(f"there is no training document with text in it in {self}")
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of the documents and all choices made here: equal data, equal fingerprint."""
         parts = [
             [part.source.fingerprint(), part.weight, part.validation.fingerprint() if part.validation else None]
             for part in self.weighted()
@@ -81,32 +114,18 @@ class Data(abc.ABC):
         self,
         tokenizer: "Tokenizer",
         *,
-        sequence_length: int,
+        sequence_length: int | None,
         batch_size: int,
         seed: int,
         cache_dir: Path | None = None,
         report: Report | None = None,
     ) -> "Dataset":
-        """The data set: tokenized now, or the last time, and ready for `batch(step)`.
-
-        Args:
-            tokenizer: Turns text into ids.
-            sequence_length: Tokens in a row.
-            batch_size: Rows in a batch, over all hosts.
-            seed: Decides the order of training rows.
-            cache_dir: Where token stores are kept; None for $LLMLAB_CACHE, or ~/.cache/llmlab.
-            report: Called with the progress of tokenization.
-
-        Raises:
-            FileNotFoundError: a source is not there.
-            ValueError: a source cannot be read or is empty, or one side of the split has no document.
-        """
         from llmlab.data.building import build
 
         return build(
             self,
             tokenizer,
-            sequence_length=sequence_length,
+            sequence_length=check_length(sequence_length),
             batch_size=batch_size,
             seed=seed,
             cache_dir=cache_dir,
@@ -114,8 +133,24 @@ class Data(abc.ABC):
         )
 
 
+def check_fraction(fraction: float) -> None:
+    """Raises a ValueError unless it leaves something for both sides."""
+    if not 0 < fraction < 1:
+        raise ValueError(
+            f"validation_fraction={fraction} must be between 0 and 1, both excluded; to train on all of a source, give "
+            "it validation documents of their own: validation=TextFiles(...)"
+        )
+
+
+def check_length(sequence_length: int | None) -> int:
+    """The length. Raises a ValueError where it is None."""
+    if sequence_length is None:
+        raise ValueError("rows of text need a length: set train.sequence_length")
+    return sequence_length
+
+
 @dataclass(frozen=True)
-class Packed(Data):
+class Packed(PackedText):
     """One source's documents, split, tokenized and packed into rows."""
 
     source: Source
@@ -128,7 +163,7 @@ class Packed(Data):
 
 
 @dataclass(frozen=True)
-class Mixture(Data):
+class Mixture(PackedText):
     """Several sources, each giving its share of the training rows; validation is on all their validation documents."""
 
     parts: tuple[Weighted, ...]

@@ -3,23 +3,31 @@
 `train.batch(step)` is a pure function of the seed and the step. A resumed run asks for its next step and neither
 repeats nor skips anything; any number of hosts gets disjoint parts of the same global batch.
 
-In every epoch, the documents are concatenated in a new order, cut into rows (packing.py), and the rows are dealt out in
-a new order again: otherwise the rows of one long document would be neighbours in a batch.
+A batch is a dict of arrays whose first dimension is the batch; what else there is (tokens, pixels, labels) and how it
+is shaped is the data's own affair. Rows come from two kinds of places:
+
+    Table     finitely many rows, each read by its number             validation, and what an epoch is made of
+    Stream    rows without end, each read by its number               training: epoch after epoch, in new orders
 """
 
+import abc
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int32, Int64
+from jaxtyping import Int64
 
+from llmlab.data.draws import Draws
 from llmlab.data.mixing import Dealer
-from llmlab.data.packing import Batch, Corpus, Layout, Rows
 
-_Part = dict[str, Int32[np.ndarray, "_ sequence"]]
-_DOCUMENTS, _ROWS, _VALIDATION = range(3)  # what a permutation is for: they must be independent
+Batch = dict[str, np.ndarray]
+"""Named arrays whose first dimension is the batch."""
+Numbers = Int64[np.ndarray, " rows"]
+"""Which rows."""
+
+_TABLE_ROWS, _VALIDATION = 3, 2  # what a permutation is for: they must be independent (packed.py has 0 and 1)
 
 
 def permutation(length: int, *key: int) -> Int64[np.ndarray, " length"]:
@@ -32,56 +40,116 @@ def permutation(length: int, *key: int) -> Int64[np.ndarray, " length"]:
     return np.argsort(random, kind="stable").astype(np.int64)
 
 
-class _Stream:
-    """The endless rows of one corpus: epoch after epoch, each in an order of its own."""
+class Table(abc.ABC):
+    """Finitely many rows."""
 
-    def __init__(self, corpus: Corpus, layout: Layout, *key: int) -> None:
-        self._corpus = corpus
-        self._layout = layout
-        self._key = key
-        self.rows_per_epoch = -(-corpus.num_tokens // layout.sequence_length)
+    @abc.abstractmethod
+    def __len__(self) -> int:
+        """How many rows there are."""
+
+    @abc.abstractmethod
+    def read(self, numbers: Numbers) -> Batch:
+        """The rows of these numbers; one beyond the last is a blank: same shapes, and nothing in it is counted."""
+
+    def other(self, number: int, draws: Draws) -> Batch:
+        """One row (a batch of one) of another document than this row's, drawn at random."""
+        raise ValueError(f"{type(self).__name__} does not know which of its rows are of the same document")
+
+
+class Stream(abc.ABC):
+    """Rows without end."""
+
+    @abc.abstractmethod
+    def read(self, numbers: Numbers) -> Batch:
+        """The rows of these numbers."""
+
+    @abc.abstractmethod
+    def epochs(self, rows: int) -> tuple[float, ...]:
+        """How often each source has been read, after so many rows."""
+
+    def other(self, number: int, draws: Draws) -> Batch:
+        """One row of another document of the same epoch; as in a `Table`."""
+        raise ValueError(f"{type(self).__name__} does not know which of its rows are of the same document")
+
+
+class Concatenated(Table):
+    """Several tables, one after the other."""
+
+    def __init__(self, tables: Sequence[Table]) -> None:
+        self._tables = tuple(tables)
+        self._first = np.cumsum([0, *map(len, self._tables)])
+
+    def __len__(self) -> int:
+        return int(self._first[-1])
+
+    def read(self, numbers: Numbers) -> Batch:
+        # a number beyond the last is beyond the last table's last; tables without rows are skipped
+        table = np.minimum(np.searchsorted(self._first, numbers, side="right") - 1, len(self._tables) - 1)
+        parts = []
+        for i in np.unique(table):
+            places = np.flatnonzero(table == i)
+            parts.append((places, self._tables[i].read(numbers[places] - self._first[i])))
+        return interleave(parts)
+
+    def other(self, number: int, draws: Draws) -> Batch:
+        table = min(int(np.searchsorted(self._first, number, side="right")) - 1, len(self._tables) - 1)
+        return self._tables[table].other(number - int(self._first[table]), draws)
+
+
+class Shuffled(Stream):
+    """A table, epoch after epoch, each in an order of its own."""
+
+    def __init__(self, table: Table, seed: int) -> None:
+        self._table = table
+        self._seed = seed
         self._epoch = functools.lru_cache(maxsize=2)(self._order)  # a batch may begin in one epoch and end in the next
 
-    def _order(self, epoch: int) -> tuple[Rows, Int64[np.ndarray, " rows"]]:
-        documents = permutation(self._corpus.num_documents, *self._key, epoch, _DOCUMENTS)
-        rows = Rows(self._corpus, documents, self._layout)
-        return rows, permutation(len(rows), *self._key, epoch, _ROWS)
+    def _order(self, epoch: int) -> Numbers:
+        return permutation(len(self._table), self._seed, epoch, _TABLE_ROWS)
 
-    def read(self, numbers: Int64[np.ndarray, " rows"]) -> Batch:
-        epochs, within = np.divmod(numbers, self.rows_per_epoch)
-        parts = []
+    def read(self, numbers: Numbers) -> Batch:
+        epochs, within = np.divmod(numbers, len(self._table))
+        wanted = np.empty_like(numbers)
         for epoch in np.unique(epochs):
-            rows, order = self._epoch(int(epoch))
-            parts.append((np.flatnonzero(epochs == epoch), rows.read(order[within[epochs == epoch]])))
-        return _interleave(parts)
+            wanted[epochs == epoch] = self._epoch(int(epoch))[within[epochs == epoch]]
+        return self._table.read(wanted)
+
+    def epochs(self, rows: int) -> tuple[float, ...]:
+        return (rows / len(self._table),)
+
+
+class Mixed(Stream):
+    """Several streams, each giving its share of the rows."""
+
+    def __init__(self, streams: Sequence[Stream], weights: Sequence[float]) -> None:
+        self._streams = tuple(streams)
+        self._dealer = Dealer(weights)
+
+    def read(self, numbers: Numbers) -> Batch:
+        dealt = np.array([self._dealer.deal(int(row)) for row in numbers], np.int64).reshape(-1, 2)
+        parts = []
+        for source in np.unique(dealt[:, 0]):
+            places = np.flatnonzero(dealt[:, 0] == source)
+            parts.append((places, self._streams[source].read(dealt[places, 1])))
+        return interleave(parts)
+
+    def epochs(self, rows: int) -> tuple[float, ...]:
+        counts = self._dealer.counts(rows)
+        return tuple(
+            epochs for stream, count in zip(self._streams, counts, strict=True) for epochs in stream.epochs(count)
+        )
+
+    def other(self, number: int, draws: Draws) -> Batch:
+        source, within = self._dealer.deal(number)
+        return self._streams[source].other(within, draws)
 
 
 class TrainSplit:
-    """The training documents of one or more corpora, as batches without end."""
+    """Batches without end."""
 
-    def __init__(
-        self, corpora: Sequence[Corpus], weights: Sequence[float], layout: Layout, *, batch_size: int, seed: int
-    ) -> None:
-        self.corpora = tuple(corpora)
-        self.layout = layout
+    def __init__(self, rows: Stream, *, batch_size: int) -> None:
+        self.rows = rows
         self.batch_size = batch_size
-        self._dealer = Dealer(weights)
-        self._streams = tuple(_Stream(corpus, layout, seed, i) for i, corpus in enumerate(corpora))
-
-    @property
-    def num_documents(self) -> int:
-        """Documents of all corpora."""
-        return sum(corpus.num_documents for corpus in self.corpora)
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of all corpora, each document once."""
-        return sum(corpus.num_tokens for corpus in self.corpora)
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of all texts in UTF-8."""
-        return sum(corpus.num_bytes for corpus in self.corpora)
 
     def batch(self, step: int, *, host: int = 0, num_hosts: int = 1) -> Batch:
         """The batch of a step, or one host's part of it.
@@ -91,66 +159,34 @@ class TrainSplit:
             host: Which of the hosts asks.
             num_hosts: Hosts that share the batch. Their parts, one after the other, are the batch of a single host.
 
-        Returns:
-            int32 arrays (batch_size / num_hosts, sequence_length): input_ids; labels (the next token, or -100);
-            segment_ids (1, 2, ... within a row, 0 for padding); position_ids.
-
         Raises:
             ValueError: a step before 0, or a batch size that the hosts cannot share.
         """
         if step < 0:
             raise ValueError(f"step={step}; steps begin at 0")
         start, stop = host_rows(self.batch_size, host, num_hosts)
-        first = step * self.batch_size
-        dealt = np.array([self._dealer.deal(row) for row in range(first + start, first + stop)], np.int64)
-        parts = []
-        for source in np.unique(dealt[:, 0]):
-            places = np.flatnonzero(dealt[:, 0] == source)
-            parts.append((places, self._streams[source].read(dealt[places, 1])))
-        return _interleave(parts)
+        return self.rows.read(step * self.batch_size + np.arange(start, stop))
 
     def epochs(self, steps: int) -> tuple[float, ...]:
-        """How often each corpus has been read, after so many steps."""
-        counts = self._dealer.counts(steps * self.batch_size)
-        return tuple(count / stream.rows_per_epoch for count, stream in zip(counts, self._streams, strict=True))
+        """How often each source has been read, after so many steps."""
+        return self.rows.epochs(steps * self.batch_size)
 
 
 class ValidationSplit:
-    """The validation documents of one or more corpora: every token once, in an order that is always the same.
+    """Every row of a table once, in an order that is always the same.
 
     The rows are in one fixed pseudo-random order, so that the first few batches are a fair sample of the whole.
     """
 
-    def __init__(self, corpora: Sequence[Corpus], layout: Layout, *, batch_size: int) -> None:
-        self.corpora = tuple(corpora)
-        self.layout = layout
+    def __init__(self, rows: Table, *, batch_size: int) -> None:
+        self.rows = rows
         self.batch_size = batch_size
-        self._rows = tuple(Rows(corpus, None, layout) for corpus in corpora)
-        self._first = np.cumsum([0, *map(len, self._rows)])
-        self._order = permutation(int(self._first[-1]), _VALIDATION)
+        self._order = permutation(len(rows), _VALIDATION)
 
     @property
     def num_batches(self) -> int:
-        """Batches that hold the whole split; the last is filled up with rows of padding."""
+        """Batches that hold the whole split; the last is filled up with blank rows."""
         return -(-len(self._order) // self.batch_size)
-
-    @property
-    def num_documents(self) -> int:
-        """Documents of all corpora."""
-        return sum(corpus.num_documents for corpus in self.corpora)
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens that are scored: the labels that are not -100, over all batches."""
-        return sum(corpus.num_scored(self.layout.isolate) for corpus in self.corpora)
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of text that the scored tokens stand for.
-
-        Bits per byte are nats per token * num_tokens / (num_bytes * ln 2).
-        """
-        return sum(corpus.num_scored_bytes(self.layout.isolate) for corpus in self.corpora)
 
     def batch(self, step: int, *, host: int = 0, num_hosts: int = 1) -> Batch:
         """One of the `num_batches` batches, or one host's part of it, as `TrainSplit.batch` gives them.
@@ -162,17 +198,11 @@ class ValidationSplit:
             raise ValueError(f"step={step} is not one of the {self.num_batches} validation batches")
         start, stop = host_rows(self.batch_size, host, num_hosts)
         wanted = self._order[step * self.batch_size + start : step * self.batch_size + stop]
-        corpus = np.searchsorted(self._first, wanted, side="right") - 1
-        parts = [
-            (np.flatnonzero(corpus == i), self._rows[i].read(wanted[corpus == i] - self._first[i]))
-            for i in np.unique(corpus)
-        ]
-        missing = np.arange(len(wanted), stop - start)
-        beyond = np.full(len(missing), len(self._rows[0]))
-        return _interleave([*parts, (missing, self._rows[0].read(beyond))])
+        blank = np.full(stop - start - len(wanted), len(self.rows))
+        return self.rows.read(np.concatenate([wanted, blank]))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Dataset:
     """Both sides of the split, and where they come from."""
 
@@ -181,25 +211,27 @@ class Dataset:
     validation: ValidationSplit
     """The batches to measure on."""
     vocab_size: int
-    """Ids are below this: the tokenizer's vocabulary."""
+    """Token ids are below this: the tokenizer's vocabulary."""
     fingerprint: str
     """SHA-256 (hex) of documents, tokenizer, split and mixture: all that decides the batches but seed and sizes."""
     sources: tuple[dict[str, Any], ...]
     """Of every source: what it is, its fingerprint, and what is in it."""
+    sizes: Mapping[str, Mapping[str, int]]
+    """Of "train" and "validation": how much there is, by what is counted ("documents", "tokens", "bytes", "rows"). Of
+    the validation split's tokens and bytes, those are counted that are scored."""
+    baselines: Callable[[int], dict[str, float]]
+    """Losses on the validation split, by name, of models that need no training. The argument is the number of parts
+    that a batch is computed in (`train.accumulation`): where rows are compared with each other, it counts."""
+    bytes_per_token: float | None = None
+    """Bytes of text that a counted token of the validation split stands for, where the counted tokens are the text."""
     remarks: tuple[str, ...] = ()
     """What the user should know: files skipped, documents on both sides, a damaged store that was built again."""
 
     def describe(self) -> dict[str, Any]:
         """What provenance records, as plain JSON values."""
-        sides = {"train": self.train, "validation": self.validation}
-        sizes = {
-            name: {"documents": side.num_documents, "tokens": side.num_tokens, "bytes": side.num_bytes}
-            for name, side in sides.items()
-        }
         return {
             "fingerprint": self.fingerprint,
-            **sizes,
-            "isolate": self.train.layout.isolate,
+            **{name: dict(sizes) for name, sizes in self.sizes.items()},
             "sources": list(self.sources),
             "remarks": list(self.remarks),
         }
@@ -228,12 +260,12 @@ def host_rows(batch_size: int, host: int, num_hosts: int) -> tuple[int, int]:
     return host * share, (host + 1) * share
 
 
-def _interleave(parts: Sequence[tuple[Int64[np.ndarray, " _"], _Part]]) -> Batch:
+def interleave(parts: Sequence[tuple[Int64[np.ndarray, " _"], Batch]]) -> Batch:
     """One batch from parts and the places of their rows in it."""
-    if len(parts) == 1 and len(parts[0][0]) and np.all(np.diff(parts[0][0]) == 1):
+    if len(parts) == 1 and np.array_equal(parts[0][0], np.arange(len(parts[0][0]))):
         return parts[0][1]
     count = sum(len(places) for places, _ in parts)
-    batch = {name: np.empty((count, array.shape[1]), array.dtype) for name, array in parts[0][1].items()}
+    batch = {name: np.empty((count, *array.shape[1:]), array.dtype) for name, array in parts[0][1].items()}
     for places, part in parts:
         for name, array in part.items():
             batch[name][places] = array

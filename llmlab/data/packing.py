@@ -13,22 +13,27 @@ The label of the last column is the first token of the next row where that is th
 loses no prediction. Without isolation (plain concatenation, as GPT-2 was trained) every label is the next token, the
 whole row is one segment, and positions count through.
 
+A corruption that rewrites a row as a whole cannot keep documents apart inside it. Its rows hold a single document
+each (share=False): a document's last row is filled up with padding, which costs half a row per document on average.
+
 Everything here is index arithmetic on the documents' lengths: any row of any order is computed in a time that does
 not depend on where it is, but for a binary search.
 """
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Int32, Int64, Integer, UInt64
+from jaxtyping import Bool, Int64, Integer, UInt64
 
+from llmlab.data.dataset import Batch, Numbers, Stream, Table, interleave, permutation
+from llmlab.data.draws import Draws
 from llmlab.data.store import TokenStore
 
 IGNORE = -100
 """Label of a position that is not scored."""
 
-Batch = dict[str, Int32[np.ndarray, "rows sequence"]]
-"""input_ids, labels, segment_ids and position_ids."""
+_DOCUMENTS, _ROWS = range(2)  # what a permutation is for: they must be independent (dataset.py has 2 and 3)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +46,16 @@ class Layout:
     """Whether documents in a row are kept apart."""
     pad_id: int
     """Token that fills the last row."""
+    share: bool = True
+    """Whether documents share rows."""
+
+    def num_rows(self, lengths: Int64[np.ndarray, " documents"]) -> int:
+        """Rows that documents of these lengths fill, in whatever order."""
+        return int(self.padded(lengths).sum() + self.sequence_length - 1) // self.sequence_length
+
+    def padded(self, lengths: Int64[np.ndarray, " documents"]) -> Int64[np.ndarray, " documents"]:
+        """Columns that each document takes: its tokens, or whole rows where it shares none."""
+        return lengths if self.share else -(-lengths // self.sequence_length) * self.sequence_length
 
 
 @dataclass(frozen=True)
@@ -100,30 +115,36 @@ class Corpus:
         return round(self.num_bytes * self.num_scored(isolate) / self.num_tokens)
 
 
-class Rows:
+class Rows(Table):
     """The rows of a corpus whose documents are in a given order (None: as they are)."""
 
     def __init__(self, corpus: Corpus, order: Int64[np.ndarray, " documents"] | None, layout: Layout) -> None:
-        lengths = corpus.lengths if order is None else corpus.lengths[order]
+        self._lengths = corpus.lengths if order is None else corpus.lengths[order]
         self._tokens = corpus.tokens
         self._starts = corpus.starts if order is None else corpus.starts[order]
-        self._ends = np.cumsum(lengths)
-        # Where a document's tokens lie in the store, less where they lie in the sequence.
-        self._shifts = self._starts - (self._ends - lengths)
-        self._num_tokens = int(self._ends[-1]) if len(lengths) else 0
+        padded = layout.padded(self._lengths)
+        self._ends = np.cumsum(padded)
+        # Where a document's tokens lie in the store, less where they lie in the sequence of all rows.
+        self._shifts = self._starts - (self._ends - padded)
+        self._total = int(self._ends[-1]) if len(padded) else 0
         self._layout = layout
 
     def __len__(self) -> int:
-        return -(-self._num_tokens // self._layout.sequence_length)
+        return -(-self._total // self._layout.sequence_length)
 
-    def read(self, rows: Int64[np.ndarray, " rows"]) -> Batch:
-        """The rows of these numbers; a number beyond the last is a row of padding."""
+    def read(self, numbers: Numbers) -> Batch:
+        """input_ids, labels (the next token, or -100), segment_ids (1, 2, ... within a row, 0 for padding) and
+        position_ids of these rows, each int32 of shape (rows, sequence_length); beyond the last, rows of padding."""
         length = self._layout.sequence_length
-        position = rows[:, None] * length + np.arange(length + 1)  # one more than a row: the last label
-        exists = position < self._num_tokens
+        position = numbers[:, None] * length + np.arange(length + 1)  # one more than a row: the last label
+        exists = position < self._total
         position = np.where(exists, position, 0)
         document = np.searchsorted(self._ends, position, side="right")  # skips documents without tokens
-        token = self._tokens[position + self._shifts[document]].astype(np.int32)
+        index = position + self._shifts[document]
+        if not self._layout.share:  # what a document leaves of its last row
+            exists &= index < self._starts[document] + self._lengths[document]
+            index = np.where(exists, index, 0)
+        token = self._tokens[index].astype(np.int32)
         here, scored = exists[:, :-1], exists[:, 1:]
         column = np.broadcast_to(np.arange(length), here.shape)
         if self._layout.isolate:
@@ -140,3 +161,48 @@ class Rows:
             "segment_ids": np.where(here, segment_ids, 0).astype(np.int32),
             "position_ids": np.where(here, position_ids, 0).astype(np.int32),
         }
+
+    def other(self, number: int, draws: Draws) -> Batch:
+        assert not self._layout.share, "a row of several documents has no other document's row"
+        length = self._layout.sequence_length
+        document = int(np.searchsorted(self._ends, number * length, side="right"))
+        first = (int(self._ends[document - 1]) if document else 0) // length
+        own = int(self._ends[document]) // length - first
+        chosen = draws.one_below(len(self) - own)
+        return self.read(np.array([chosen if chosen < first else chosen + own]))
+
+
+class PackedStream(Stream):
+    """The endless rows of one corpus.
+
+    In every epoch, the documents are concatenated in a new order, cut into rows, and the rows are dealt out in a new
+    order again: otherwise the rows of one long document would be neighbours in a batch.
+    """
+
+    def __init__(self, corpus: Corpus, layout: Layout, *key: int) -> None:
+        self._corpus = corpus
+        self._layout = layout
+        self._key = key
+        self.rows_per_epoch = layout.num_rows(corpus.lengths)
+        self._epoch = functools.lru_cache(maxsize=2)(self._order)  # a batch may begin in one epoch and end in the next
+
+    def _order(self, epoch: int) -> tuple[Rows, Int64[np.ndarray, " rows"]]:
+        documents = permutation(self._corpus.num_documents, *self._key, epoch, _DOCUMENTS)
+        rows = Rows(self._corpus, documents, self._layout)
+        return rows, permutation(len(rows), *self._key, epoch, _ROWS)
+
+    def read(self, numbers: Numbers) -> Batch:
+        epochs, within = np.divmod(numbers, self.rows_per_epoch)
+        parts = []
+        for epoch in np.unique(epochs):
+            rows, order = self._epoch(int(epoch))
+            parts.append((np.flatnonzero(epochs == epoch), rows.read(order[within[epochs == epoch]])))
+        return interleave(parts)
+
+    def epochs(self, rows: int) -> tuple[float, ...]:
+        return (rows / self.rows_per_epoch,)
+
+    def other(self, number: int, draws: Draws) -> Batch:
+        epoch, within = divmod(number, self.rows_per_epoch)
+        rows, order = self._epoch(epoch)
+        return rows.other(int(order[within]), draws)

@@ -41,8 +41,9 @@ class Closing:
         """The panel. Keys of `summary` that are shown where present:
 
         `step`, `tokens`, `num_parameters`, `seconds` (phase -> seconds), `validation/loss`, `validation/perplexity`,
-        `validation/bits_per_byte`, `baselines` (name -> nats per token), `tokens_per_second`,
-        `model_flops_per_second`, `mfu`, `mfu_convention`, and `sample` ({"prompt", "text"}).
+        `validation/bits_per_byte`, other means named `validation/...accuracy`, `unit` (what losses are per, "token"),
+        `baselines` (name -> nats per unit), `tokens_per_second`, `model_flops_per_second`, `mfu`, `mfu_convention`, and
+        `sample` ({"prompt", "text"}).
         """
         width = min(options.max_width, 110)
         inner = width - 6
@@ -131,7 +132,8 @@ def _comparison(summary: Mapping[str, Any], width: int, *, ascii_only: bool) -> 
     widest = max(len(name) for name, _ in rows)
     longest = max((value for _, value in rows if math.isfinite(value)), default=1.0)
     room = max(8, width - widest - 13)
-    lines = [Text.assemble(("validation loss", "bold"), ("  nats per token; lower is better", "dim"))]
+    unit = summary.get("unit", "token")
+    lines = [Text.assemble(("validation loss", "bold"), (f"  nats per {unit}; lower is better", "dim"))]
     for name, value in rows:
         ours = name == "this model"
         share = max(0.0, value / longest) if math.isfinite(value) else 1.0
@@ -163,14 +165,18 @@ def _bar(length: float, ascii_only: bool) -> str:
 
 
 def _quality(summary: Mapping[str, Any]) -> Text | None:
-    loss = summary.get("validation/loss")
-    if loss is None:
-        return None
-    perplexity = summary.get("validation/perplexity", math.exp(min(loss, 700.0)))
-    text = Text.assemble(("perplexity ", "dim"), (f"{perplexity:.2f}", "bold"), (" per token", "dim"))
+    """Perplexity and bits per byte, where they make sense, and accuracies."""
+    parts: list[Text] = []
+    if (perplexity := summary.get("validation/perplexity")) is not None:
+        per = f" per {summary.get('unit', 'token')}"
+        parts.append(Text.assemble(("perplexity ", "dim"), (f"{perplexity:.2f}", "bold"), (per, "dim")))
     if (bits := summary.get("validation/bits_per_byte")) is not None:
-        text.append("    ").append("bits per byte ", style="dim").append(f"{bits:.3f}", style="bold")
-    return text
+        parts.append(Text.assemble(("bits per byte ", "dim"), (f"{bits:.3f}", "bold")))
+    for name, value in summary.items():
+        if name.startswith("validation/") and name.endswith("accuracy"):
+            what = name.removeprefix("validation/").replace("_", " ")
+            parts.append(Text.assemble((f"{what} ", "dim"), (f"{value:.1%}", "bold")))
+    return Text("    ").join(parts) if parts else None
 
 
 def _speed(summary: Mapping[str, Any]) -> Text | None:

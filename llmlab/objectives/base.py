@@ -5,27 +5,30 @@ as the parts count different numbers of tokens. Training divides once, by the co
 """
 
 import abc
-from dataclasses import dataclass
-from typing import Any
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import jax
 from jaxtyping import Array, Float
 
 Batch = dict[str, jax.Array]
-"""Named arrays whose first dimension is the batch: input_ids, labels, segment_ids, position_ids, ..."""
+"""Named arrays whose first dimension is the batch: input_ids, labels, segment_ids, pixel_values, ..."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class LossParts:
-    """Sums over the counted tokens of a batch, or of a part of it."""
+    """Sums over what is counted (tokens, rows) in a batch, or in a part of it."""
 
     total: Float[Array, ""]
     """Sum of what is minimised. Its gradient is the objective's gradient."""
     count: Float[Array, ""]
-    """Number of counted tokens; with weights, their sum."""
+    """Number of counted tokens or rows; with weights, their sum."""
     metrics: dict[str, Float[Array, ""]]
     """Further sums, without gradient; "loss" is the plain loss in nats, which is what runs report."""
+    counts: dict[str, Float[Array, ""]] = field(default_factory=dict)
+    """What the sum of a metric is divided by, where that is not `count`: in an objective of two terms, say."""
 
     def plus(self, terms: dict[str, Float[Array, ""]]) -> "LossParts":
         """With terms of the mean loss added (a router's load balance): each weighs like the mean over the count.
@@ -36,9 +39,9 @@ class LossParts:
         if not terms:
             return self
         added = {name: term * self.count for name, term in terms.items()}
-        return LossParts(
+        return dataclasses.replace(
+            self,
             total=sum(added.values(), self.total),
-            count=self.count,
             metrics={"loss": self.total} | self.metrics | jax.lax.stop_gradient(added),
         )
 
@@ -46,6 +49,13 @@ class LossParts:
 @dataclass(frozen=True, kw_only=True)
 class Objective(abc.ABC):
     """What a model is trained to minimise."""
+
+    unit: ClassVar[str] = "token"
+    """What is counted: losses are in nats per this."""
+
+    def prepare(self, batch: Batch) -> Batch:
+        """The whole batch, before it is cut into parts: where weights that depend on all of it are added."""
+        return batch
 
     @abc.abstractmethod
     def loss(self, model: Any, batch: Batch, *, key: jax.Array | None = None) -> LossParts:

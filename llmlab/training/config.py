@@ -11,9 +11,9 @@ class Train:
     steps: int
     """Number of optimizer updates."""
     batch_size: int
-    """Sequences in one update, over all devices, hosts and accumulation steps together."""
-    sequence_length: int
-    """Tokens in one sequence."""
+    """Rows (sequences, images, pairs) in one update, over all devices, hosts and accumulation steps together."""
+    sequence_length: int | None = None
+    """Tokens in one sequence; None where the data has none (images), or brings its own lengths."""
     accumulation: int = 1
     """Parts that the batch is computed in, one after the other: less memory, the same gradient."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -36,9 +36,8 @@ class Train:
     def __post_init__(self) -> None:
         at_least_one = ("steps", "batch_size", "sequence_length", "accumulation", "keep_last", "log_every")
         not_negative = ("evaluate_every", "checkpoint_every", "keep_best", "seed")
-        problems = [
-            f"{name}={getattr(self, name)} must be at least 1" for name in at_least_one if getattr(self, name) < 1
-        ]
+        given = {name: getattr(self, name) for name in at_least_one if getattr(self, name) is not None}
+        problems = [f"{name}={value} must be at least 1" for name, value in given.items() if value < 1]
         problems += [
             f"{name}={getattr(self, name)} must not be negative" for name in not_negative if getattr(self, name) < 0
         ]

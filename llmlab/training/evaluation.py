@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -39,7 +39,7 @@ def evaluate(
     stop: Callable[[], bool] = lambda: False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, float] | None:
-    """Means per counted token of all the objective's sums, by name; None where `stop` said to stop.
+    """Means of all the objective's sums over what they count, by name; None where `stop` said to stop.
 
     Sums of batches are added in float64 on the host, so the result does not depend on the order of the batches and
     hardly on their number.
@@ -54,7 +54,7 @@ def evaluate(
         progress: told about batches done, of how many.
 
     Raises:
-        ValueError: the split has no token to score.
+        ValueError: the split has nothing to score.
     """
     total = split.num_batches if max_batches is None else min(split.num_batches, max_batches)
     sums: list[LossParts] = []
@@ -72,10 +72,14 @@ def evaluate(
         sums.append(jax.device_get(pending))
     count = math.fsum(float(parts.count) for parts in sums)
     if count == 0:
-        raise ValueError("the validation split has no token to score; give it more documents (validation_fraction)")
-    return {name: math.fsum(values) / count for name, values in _columns(sums).items()}
+        raise ValueError("the validation split has nothing to score; give it more documents (validation_fraction)")
+    return _means(sums)
 
 
-def _columns(sums: list[LossParts]) -> dict[str, list[float]]:
-    rows: list[dict[str, Any]] = [{"loss": parts.total} | parts.metrics for parts in sums]
-    return {name: [float(row[name]) for row in rows] for name in rows[0]} if rows else {}
+def _means(sums: list[LossParts]) -> dict[str, float]:
+    means = {}
+    for name in {"loss": None} | sums[0].metrics:
+        total = math.fsum(float(parts.metrics.get(name, parts.total)) for parts in sums)
+        count = math.fsum(float(parts.counts.get(name, parts.count)) for parts in sums)
+        means[name] = total / count if count else math.nan
+    return means

@@ -14,7 +14,7 @@ from llmlab.objectives import Batch, Objective
 from llmlab.optim import Optimizer
 from llmlab.training.config import Train
 from llmlab.training.state import TrainState, abstract, initialise, new_state, state_shardings
-from llmlab.training.step import batch_sharding, make_evaluate_step, make_train_step
+from llmlab.training.step import batch_shardings, make_evaluate_step, make_train_step
 
 if TYPE_CHECKING:
     from llmlab.models.config import ModelConfig
@@ -54,7 +54,8 @@ class Program:
         train: Train,
         batch: Mapping[str, np.ndarray],
     ) -> "Program":
-        """The program, not yet compiled; of `batch` only names and types matter. Allocates nothing."""
+        """The program, not yet compiled; of `batch`, a global batch, only names, shapes and types matter. Allocates
+        nothing."""
         graphdef, shapes, axes = model.abstract()
         transformation = optimizer.build(axes, train.steps)
         kind: dict[str, Any] = {"precision": train.precision, "ema": optimizer.ema is not None}
@@ -73,19 +74,23 @@ class Program:
                 **kind,
             )
 
-        rows, where = (train.batch_size, train.sequence_length), batch_sharding(mesh)
+        where = batch_shardings(batch, mesh)
         settings: dict[str, Any] = {
             "accumulation": train.accumulation,
             "precision": train.precision,
             "mesh": mesh,
             "layout": layout,
+            "where": where,
         }
         return cls(
             model=model,
             graphdef=graphdef,
             mesh=mesh,
             state=abstract(unplaced, layout),
-            batch={name: jax.ShapeDtypeStruct(rows, array.dtype, sharding=where) for name, array in batch.items()},
+            batch={
+                name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=where[name])
+                for name, array in batch.items()
+            },
             train_step=make_train_step(
                 graphdef, objective, transformation, ema_decay=optimizer.ema, seed=train.seed, **settings
             ),
@@ -101,13 +106,15 @@ class Program:
 
     def place(self, batch: Mapping[str, np.ndarray]) -> Batch:
         """This host's rows of a batch as the global batch on the devices."""
-        where = batch_sharding(self.mesh)
-        return {name: jax.make_array_from_process_local_data(where, array) for name, array in batch.items()}
+        return {
+            name: jax.make_array_from_process_local_data(kind.sharding, batch[name], kind.shape)
+            for name, kind in self.batch.items()
+        }
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of a batch's arrays, by name."""
-        return {name: array.shape for name, array in self.batch.items()}
+        """Of the arrays of a batch."""
+        return {name: kind.shape for name, kind in self.batch.items()}
 
     @property
     def num_parameters(self) -> int:

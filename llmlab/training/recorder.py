@@ -24,8 +24,8 @@ class Recorder:
     Args:
         log: where lines go.
         report: who watches.
-        speed: measures.
-        train: how often to write a line, and how many tokens a step has.
+        speed: measures, and knows how many tokens a step has.
+        train: how often to write a line.
         last_good: step of the newest checkpoint, for the message about a loss that is not finite.
     """
 
@@ -86,4 +86,4 @@ class Recorder:
             raise NonFiniteError(step, metrics, self._last_good())
 
     def _tokens(self, step: int) -> int:
-        return step * self._train.batch_size * self._train.sequence_length
+        return step * self._speed.tokens_per_step

@@ -4,7 +4,6 @@ tokenizer -> tokens -> compile -> initialise or restore -> train -> summary
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import math
 import statistics
@@ -16,7 +15,6 @@ import jax
 import numpy as np
 
 from llmlab.config import to_json
-from llmlab.data.baselines import Baselines, baselines
 from llmlab.data.dataset import Dataset
 from llmlab.data.prefetch import prefetch
 from llmlab.data.store import default_cache_dir
@@ -60,7 +58,7 @@ class Session:
         tokenizer = self._tokenizer()
         dataset = self._dataset(tokenizer)
         # Counting takes a second per 10 million tokens: beside everything else.
-        counted = in_background(lambda: baselines(dataset))
+        counted = in_background(lambda: dataset.baselines(self.experiment.train.accumulation))
         program = Program.build(
             self.experiment.model.with_vocabulary(tokenizer.vocab_size),
             self.experiment.objective,
@@ -193,23 +191,26 @@ class Session:
             interruption=self.interruption,
         )
 
-    def _summary(self, program: Program, dataset: Dataset, speed: Throughput, counted: Baselines) -> dict[str, Any]:
+    def _summary(
+        self, program: Program, dataset: Dataset, speed: Throughput, counted: dict[str, float]
+    ) -> dict[str, Any]:
         """What is known at the end: the last value of every metric, the baselines, the time by phase."""
         latest: dict[str, Any] = {}
         speeds = []
         for record in read_metrics(self.directory.path):
             latest |= record
             speeds += [record["tokens_per_second"]] if "tokens_per_second" in record else []
-        loss = latest["validation/loss"]
-        validation = dataset.validation
-        bytes_per_token = validation.num_bytes / validation.num_tokens
-        names = ("step", "tokens", "train/loss", "validation/loss", "validation/ema_loss")
-        summary = {name: latest[name] for name in names if name in latest} | {
-            "validation/perplexity": math.exp(loss),
-            "validation/bits_per_byte": loss / (bytes_per_token * math.log(2)),
-            "baselines": dataclasses.asdict(counted),
+        loss, unit = latest["validation/loss"], self.experiment.objective.unit
+        names = [name for name in latest if name in ("step", "tokens", "train/loss") or name.startswith("validation/")]
+        summary = {name: latest[name] for name in names} | {
+            "unit": unit,
+            "baselines": counted,
             "num_parameters": program.num_parameters,
         }
+        if unit.endswith("token"):
+            summary["validation/perplexity"] = math.exp(loss)
+        if dataset.bytes_per_token is not None:
+            summary["validation/bits_per_byte"] = loss / (dataset.bytes_per_token * math.log(2))
         if speeds and speed.peak is not None:
             summary["tokens_per_second"] = statistics.median(speeds)
             summary["model_flops_per_second"] = summary["tokens_per_second"] * speed.flops_per_token

@@ -12,7 +12,7 @@ a mean of the parts' means would give tokens of short parts more weight (a bug t
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -29,6 +29,7 @@ from llmlab.training.state import TrainState
 
 Precision = Literal["float32", "bfloat16", "float16"]
 Metrics = dict[str, Float[Array, ""]]
+BatchShardings = dict[str, NamedSharding]
 
 # fold_in constant that separates dropout from initialisation, which uses the seed's key itself.
 _DROPOUT_KEY = 0xD20
@@ -46,6 +47,7 @@ def make_train_step(
     mesh: jax.sharding.Mesh | None = None,
     rules: Rules = DEFAULT_RULES,
     layout: TrainState | None = None,
+    where: BatchShardings | None = None,
 ) -> Any:
     """The jitted step, `(state, batch) -> (state, metrics)`; the state that goes in is given up.
 
@@ -57,9 +59,10 @@ def make_train_step(
         precision: of the arithmetic.
         ema_decay: of the average of the parameters, which the state must then have; None keeps none.
         seed: of dropout.
-        mesh: devices, together with `layout`, the shardings of the state.
+        mesh: devices, together with `layout`, the shardings of the state, and `where`, those of the batch.
         rules: logical axis name to mesh axes.
         layout: from `state_shardings`.
+        where: from `batch_shardings`.
 
     Metrics: "train/loss" (nats per counted token; further sums of the objective likewise), "gradient_norm" (before
     clipping), "learning_rate"; in float16 "loss_scale" and "skipped", 1 where the gradients were not finite and
@@ -67,6 +70,7 @@ def make_train_step(
     """
 
     def gradients(state: TrainState, batch: Batch) -> tuple[Params, LossParts]:
+        batch = objective.prepare(batch)
         count = objective.count(batch)
         per_token = 1.0 / jnp.where(count > 0, count, 1.0)  # a batch without a counted token has zero gradient
         scale = 1.0 if state.loss_scale is None else state.loss_scale.scale
@@ -114,9 +118,7 @@ def make_train_step(
 
     if mesh is None or layout is None:
         return jax.jit(step, donate_argnums=0)
-    return jax.jit(
-        step, donate_argnums=0, in_shardings=(layout, batch_sharding(mesh, rules)), out_shardings=(layout, None)
-    )
+    return jax.jit(step, donate_argnums=0, in_shardings=(layout, where), out_shardings=(layout, None))
 
 
 def make_evaluate_step(
@@ -128,17 +130,18 @@ def make_evaluate_step(
     mesh: jax.sharding.Mesh | None = None,
     rules: Rules = DEFAULT_RULES,
     layout: TrainState | None = None,
+    where: BatchShardings | None = None,
 ) -> Any:
     """The jitted evaluation of a batch, `(params, batch) -> LossParts`: sums, no dropout; arguments as for training."""
 
     def evaluate(params: Params, batch: Batch) -> LossParts:
         with activate(mesh, rules) if mesh is not None else contextlib.nullcontext():
             model = merge(graphdef, cast(params, precision))
-            return _sum_over_parts(lambda part, _: objective.loss(model, part), batch, accumulation)
+            return _sum_over_parts(lambda part, _: objective.loss(model, part), objective.prepare(batch), accumulation)
 
     if mesh is None or layout is None:
         return jax.jit(evaluate)
-    return jax.jit(evaluate, in_shardings=(layout.params, batch_sharding(mesh, rules)))
+    return jax.jit(evaluate, in_shardings=(layout.params, where))
 
 
 def cast(params: Params, precision: Precision) -> Params:
@@ -148,15 +151,28 @@ def cast(params: Params, precision: Precision) -> Params:
 
 
 def per_count(parts: LossParts, prefix: str) -> Metrics:
-    """Sums as means per counted token, named "<prefix>/<metric>"; the loss is the plain one where there is one."""
-    count = jnp.where(parts.count > 0, parts.count, 1.0)
+    """Sums as means over what is counted, named "<prefix>/<metric>"; the loss is the plain one where there is one."""
     sums = {"loss": parts.total} | parts.metrics
-    return {f"{prefix}/{name}": value / count for name, value in sums.items()}
+    counts = {name: parts.counts.get(name, parts.count) for name in sums}
+    return {f"{prefix}/{name}": sums[name] / jnp.where(count > 0, count, 1.0) for name, count in counts.items()}
 
 
-def batch_sharding(mesh: jax.sharding.Mesh, rules: Rules = DEFAULT_RULES) -> NamedSharding:
-    """Where the arrays of a batch live: rows and positions split as activations are."""
-    return NamedSharding(mesh, spec(("batch", "sequence"), rules))
+def batch_shardings(batch: Mapping[str, Any], mesh: jax.sharding.Mesh, rules: Rules = DEFAULT_RULES) -> BatchShardings:
+    """Where the arrays of a batch live, by name: rows split as activations are, and the positions of tokens too.
+
+    Args:
+        batch: arrays or shapes of the global batch, the batch dimension first. The second dimension of integers is
+            taken for a sequence, and split where the sequence axis divides it.
+        mesh: the devices.
+        rules: logical axis name to mesh axes.
+    """
+
+    def one(array: Any) -> NamedSharding:
+        is_tokens = len(array.shape) > 1 and jnp.issubdtype(array.dtype, jnp.integer)
+        names = ("batch", "sequence")[: 1 + is_tokens]
+        return NamedSharding(mesh, spec(names, rules, shape=array.shape, sizes=mesh.shape))
+
+    return {name: one(array) for name, array in batch.items()}
 
 
 def _choose(condition: jax.Array, new: Any, old: Any) -> Any:

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmlab.data.baselines import Baselines, BigramModel, baselines
-from llmlab.data.dataset import Dataset, TrainSplit, ValidationSplit
-from llmlab.data.packing import Corpus, Layout
+from llmlab.data.baselines import BigramModel, next_token, next_token_in_rows, targets
+from llmlab.data.dataset import Batch, Concatenated, Shuffled, Table, TrainSplit, ValidationSplit
+from llmlab.data.packing import Corpus, Layout, Rows
 
 CorpusOf = Callable[..., Corpus]
 VOCAB = 7
@@ -25,7 +25,7 @@ def pairs_by_hand(parts: Sequence[Sequence[Sequence[int]]], isolate: bool) -> li
     return pairs
 
 
-def losses_by_hand(train: list[tuple[int, int]], validation: list[tuple[int, int]]) -> Baselines:
+def losses_by_hand(train: list[tuple[int, int]], validation: list[tuple[int, int]]) -> dict[str, float]:
     """Witten-Bell as the formulas read, one token at a time."""
     occurrences = Counter(w for _, w in train)
     following: dict[int, Counter[int]] = defaultdict(Counter)
@@ -45,21 +45,15 @@ def losses_by_hand(train: list[tuple[int, int]], validation: list[tuple[int, int
 
     for v in range(VOCAB):
         assert math.isclose(sum(bigram(v, w) for w in range(VOCAB)), 1)
-    return Baselines(
-        -sum(math.log(unigram(w)) for _, w in validation) / len(validation),
-        -sum(math.log(bigram(v, w)) for v, w in validation) / len(validation),
-    )
+    return {
+        "unigram": -sum(math.log(unigram(w)) for _, w in validation) / len(validation),
+        "bigram": -sum(math.log(bigram(v, w)) for v, w in validation) / len(validation),
+    }
 
 
-def dataset_of(train: list[Corpus], validation: list[Corpus], isolate: bool) -> Dataset:
+def validation_of(corpora: Sequence[Corpus], isolate: bool) -> ValidationSplit:
     layout = Layout(sequence_length=4, isolate=isolate, pad_id=0)
-    return Dataset(
-        train=TrainSplit(train, [1.0] * len(train), layout, batch_size=2, seed=0),
-        validation=ValidationSplit(validation, layout, batch_size=3),
-        vocab_size=VOCAB,
-        fingerprint="",
-        sources=(),
-    )
+    return ValidationSplit(Concatenated([Rows(corpus, None, layout) for corpus in corpora]), batch_size=3)
 
 
 @given(
@@ -71,39 +65,76 @@ def dataset_of(train: list[Corpus], validation: list[Corpus], isolate: bool) -> 
 def test_losses_are_those_of_the_formulas_applied_one_token_at_a_time(
     train: list[list[list[int]]], validation: list[list[int]], isolate: bool, chunk: int, corpus_of: CorpusOf
 ) -> None:
-    dataset = dataset_of([corpus_of(part) for part in train], [corpus_of(validation)], isolate)
+    corpora, held_out = [corpus_of(part) for part in train], [corpus_of(validation)]
     scored = pairs_by_hand([validation], isolate)
     with mock.patch("llmlab.data.baselines._CHUNK", chunk):
-        found = baselines(dataset)
+        found = next_token(corpora, held_out, VOCAB, isolate=isolate)
     if not scored:
-        assert math.isnan(found.unigram)
-        assert math.isnan(found.bigram)
+        assert math.isnan(found["unigram"])
+        assert math.isnan(found["bigram"])
         return
     expected = losses_by_hand(pairs_by_hand(train, isolate), scored)
-    assert found.unigram == pytest.approx(expected.unigram, rel=1e-12)  # float64 sums in another order
-    assert found.bigram == pytest.approx(expected.bigram, rel=1e-12)
+    assert found == pytest.approx(expected, rel=1e-12)  # float64 sums in another order
+    in_rows = next_token_in_rows(corpora, validation_of(held_out, isolate), VOCAB, isolate=isolate)
+    assert in_rows == pytest.approx(expected, rel=1e-12)
 
 
 @given(validation=some_documents, isolate=st.booleans())
 def test_the_tokens_scored_are_those_of_the_validation_batches(
     validation: list[list[int]], isolate: bool, corpus_of: CorpusOf
 ) -> None:
-    dataset = dataset_of([corpus_of([[0, 1, 2, 3, 1, 1, 0]])], [corpus_of(validation)], isolate)
-    model = BigramModel.fit(dataset.train.corpora, VOCAB, isolate=isolate)
-    total, count = np.zeros(2), 0
-    for step in range(dataset.validation.num_batches):
-        batch = dataset.validation.batch(step)
+    train, held_out = [corpus_of([[0, 1, 2, 3, 1, 1, 0]])], [corpus_of(validation)]
+    model = BigramModel.fit(train, VOCAB, isolate=isolate)
+    total, count, split = np.zeros(2), 0, validation_of(held_out, isolate)
+    for step in range(split.num_batches):
+        batch = split.batch(step)
         scored = batch["labels"] != -100
         pairs = batch["input_ids"][scored].astype(np.int64) * VOCAB + batch["labels"][scored]
         total -= [log_p.sum() for log_p in model.log_probabilities(pairs)]
         count += int(scored.sum())
     if count:
-        found = baselines(dataset)
-        np.testing.assert_allclose([found.unigram, found.bigram], total / count, rtol=1e-12)  # order of the sums
+        found = next_token(train, held_out, VOCAB, isolate=isolate)
+        # 1e-12: the order of the sums
+        np.testing.assert_allclose([found["unigram"], found["bigram"]], total / count, rtol=1e-12)
 
 
 def test_a_language_that_the_bigram_knows_costs_it_almost_nothing(corpus_of: CorpusOf) -> None:
     cycle = [i % VOCAB for i in range(70_000)]
-    found = baselines(dataset_of([corpus_of([cycle])], [corpus_of([cycle[:700]])], isolate=True))
-    assert found.unigram == pytest.approx(math.log(VOCAB), rel=1e-3)  # all equally frequent, but for the first
-    assert found.bigram < 1e-3
+    found = next_token([corpus_of([cycle])], [corpus_of([cycle[:700]])], VOCAB, isolate=True)
+    assert found["unigram"] == pytest.approx(math.log(VOCAB), rel=1e-3)  # all equally frequent, but for the first
+    assert found["bigram"] < 1e-3
+
+
+class Labels(Table):
+    """Rows of two targets each, some of them not counted."""
+
+    def __init__(self, labels: list[list[int]]) -> None:
+        self.labels = np.array([*labels, [-100, -100]], np.int32)
+
+    def __len__(self) -> int:
+        return len(self.labels) - 1
+
+    def read(self, numbers: np.ndarray) -> Batch:
+        return {"labels": self.labels[numbers]}
+
+
+some_labels = st.lists(st.lists(st.sampled_from([-100, 0, 1, 2, 3]), min_size=2, max_size=2), min_size=1, max_size=9)
+
+
+@given(train=some_labels, validation=some_labels)
+def test_the_unigram_of_targets_is_fitted_on_a_training_epoch_and_scores_the_validation_targets(
+    train: list[list[int]], validation: list[list[int]]
+) -> None:
+    found = targets(
+        TrainSplit(Shuffled(Labels(train), seed=3), batch_size=1),
+        ValidationSplit(Labels(validation), batch_size=2),
+        VOCAB,
+    )
+    counts = Counter(label for row in train for label in row if label != -100)
+    scored = [label for row in validation for label in row if label != -100]
+    total, kinds = sum(counts.values()), len(counts)
+    if not scored:
+        assert math.isnan(found)
+    else:
+        p = [(counts[w] + kinds / VOCAB) / (total + kinds) if kinds else 1 / VOCAB for w in scored]
+        assert found == pytest.approx(-np.mean(np.log(p)), rel=1e-12)

@@ -15,7 +15,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmlab.data import JSONLines, Mixture, Packed, Source, StandardLibrary, TextFiles, Weighted
-from llmlab.data.baselines import baselines
 from llmlab.data.building import choose_frame
 from llmlab.data.dataset import Dataset, TrainSplit, ValidationSplit
 from llmlab.data.store import Frame
@@ -139,11 +138,13 @@ def test_skipped_files_and_rebuilt_stores_are_remarked(tmp_path: Path, tokenizer
 def test_documents_are_framed_so_that_their_first_token_is_predicted(corpus: Source, tokenizer: Tokenizer) -> None:
     dataset = build(Packed(corpus), tokenizer)
     texts = sides(Packed(corpus), tokenizer)[1]
-    assert dataset.validation.num_bytes == sum(len(text.encode()) for text in texts)
-    assert dataset.validation.num_tokens == dataset.validation.num_bytes + len(texts)  # and every eos
+    sizes = dataset.sizes["validation"]
+    assert sizes["bytes"] == sum(len(text.encode()) for text in texts)
+    assert sizes["tokens"] == sizes["bytes"] + len(texts)  # and every eos
+    assert dataset.bytes_per_token == sizes["bytes"] / sizes["tokens"]
     without = build(Packed(corpus, bos=False), tokenizer)
     assert BOS not in inputs(without.validation, without.validation.num_batches)
-    assert without.validation.num_tokens == dataset.validation.num_tokens - len(texts)
+    assert without.sizes["validation"]["tokens"] == sizes["tokens"] - len(texts)
 
 
 @pytest.mark.parametrize(
@@ -175,9 +176,8 @@ def test_a_mixture_draws_rows_by_weight_and_validates_on_every_sources_validatio
     rows = np.concatenate([dataset.train.batch(step)["input_ids"] for step in range(10)])
     is_high = [bytes(int(token) for token in row if token < 256).count(b"HIGH") > 1 for row in rows]
     assert sum(is_high) == 60  # of 80
-    alone = [build(Packed(source, validation_fraction=0.2), tokenizer).validation for source in (low, high)]
-    assert dataset.validation.num_tokens == sum(split.num_tokens for split in alone)
-    assert dataset.validation.num_bytes == sum(split.num_bytes for split in alone)
+    alone = [build(Packed(source, validation_fraction=0.2), tokenizer).sizes["validation"] for source in (low, high)]
+    assert dataset.sizes["validation"] == {name: sum(sizes[name] for sizes in alone) for name in alone[0]}
 
 
 def test_a_split_without_documents_on_one_side_is_an_error_with_ways_out(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -191,7 +191,7 @@ def test_a_split_without_documents_on_one_side_is_an_error_with_ways_out(tmp_pat
     with pytest.raises(ValueError, match="leaves no document for training"):
         build(Packed(book, validation_fraction=1 - 1e-9), tokenizer)
     paragraphs = dataclasses.replace(book, separator="\n\n")
-    assert build(Packed(paragraphs), tokenizer).validation.num_documents > 0
+    assert build(Packed(paragraphs), tokenizer).sizes["validation"]["documents"] > 0
 
 
 def test_a_corpus_without_training_texts_is_an_error(tmp_path: Path) -> None:
@@ -267,12 +267,12 @@ def test_with_a_trained_tokenizer_validation_text_is_what_was_held_out_and_basel
     tokenizer = SentencePiece(vocab_size=400).build(data.training_texts)
     dataset = build(data, tokenizer, sequence_length=64, batch_size=32)
     held_out = {document.text for document in data.source.documents()} - set(data.training_texts())
-    assert dataset.validation.num_documents == len(held_out)
+    assert dataset.sizes["validation"]["documents"] == len(held_out)
     whole = build(data, tokenizer, sequence_length=1 << 20, batch_size=1).validation.batch(0)
     decoded = [tokenizer.decode(whole["input_ids"][0, whole["segment_ids"][0] == i + 1]) for i in range(len(held_out))]
     assert set(decoded) == held_out
-    found = baselines(dataset)
-    assert 0 < found.bigram < found.unigram < math.log(tokenizer.vocab_size)
+    found = dataset.baselines(1)
+    assert 0 < found["bigram"] < found["unigram"] < math.log(tokenizer.vocab_size)
 
 
 def test_configs_import_neither_numpy_nor_anything_heavier() -> None:

@@ -7,8 +7,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmlab.data.dataset import TrainSplit, ValidationSplit, permutation
-from llmlab.data.packing import Corpus, Layout
+from llmlab.data.dataset import (
+    Batch,
+    Concatenated,
+    Mixed,
+    Shuffled,
+    Table,
+    TrainSplit,
+    ValidationSplit,
+    permutation,
+)
+from llmlab.data.draws import Draws
+from llmlab.data.packing import Corpus, Layout, PackedStream, Rows
 
 CorpusOf = Callable[..., Corpus]
 LAYOUT = Layout(sequence_length=6, isolate=True, pad_id=999)
@@ -20,8 +30,17 @@ corpora = st.lists(st.integers(1, 20), min_size=1, max_size=9).map(
 
 
 def train_split(corpus_of: CorpusOf, *corpora: list[list[int]], **changes: Any) -> TrainSplit:
-    arguments = {"batch_size": 4, "seed": 0, "weights": [1.0] * len(corpora), "layout": LAYOUT} | changes
-    return TrainSplit(corpora=[corpus_of(documents) for documents in corpora], **arguments)
+    arguments: dict[str, Any] = {"batch_size": 4, "seed": 0, "weights": [1.0] * len(corpora), "layout": LAYOUT}
+    arguments |= changes
+    streams = [
+        PackedStream(corpus_of(documents), arguments["layout"], arguments["seed"], i)
+        for i, documents in enumerate(corpora)
+    ]
+    return TrainSplit(Mixed(streams, arguments["weights"]), batch_size=arguments["batch_size"])
+
+
+def validation_split(corpora: list[Corpus], layout: Layout, batch_size: int) -> ValidationSplit:
+    return ValidationSplit(Concatenated([Rows(corpus, None, layout) for corpus in corpora]), batch_size=batch_size)
 
 
 def stacked(split: TrainSplit | ValidationSplit, steps: range) -> dict[str, np.ndarray]:
@@ -115,7 +134,8 @@ def test_validation_scores_every_token_exactly_once(
     parts: list[list[list[int]]], isolate: bool, batch_size: int, corpus_of: CorpusOf
 ) -> None:
     layout = Layout(sequence_length=6, isolate=isolate, pad_id=999)
-    split = ValidationSplit([corpus_of(documents) for documents in parts], layout, batch_size=batch_size)
+    held_out = [corpus_of(documents) for documents in parts]
+    split = validation_split(held_out, layout, batch_size)
     batches = stacked(split, range(split.num_batches))
     assert batches["labels"].shape == (split.num_batches * batch_size, 6)
     expected: Counter[int] = Counter()
@@ -124,13 +144,13 @@ def test_validation_scores_every_token_exactly_once(
         expected.update(token for piece in pieces for token in piece[1:])
     scored = batches["labels"][batches["labels"] != -100]
     assert Counter(scored.tolist()) == expected
-    assert split.num_tokens == len(scored)
+    assert sum(corpus.num_scored(isolate) for corpus in held_out) == len(scored)
     assert not batches["segment_ids"][batches["input_ids"] == 999].any()
 
 
 def test_the_first_validation_batches_are_a_sample_of_all_documents(corpus_of: CorpusOf) -> None:
     corpus = corpus_of([[i] * 6 for i in range(100)])  # a row each
-    split = ValidationSplit([corpus], LAYOUT, batch_size=10)
+    split = validation_split([corpus], LAYOUT, 10)
     first = stacked(split, range(3))["input_ids"][:, 0]
     # The mean of 30 of 0..99 has a standard deviation of 4.4 around 49.5; the first 30 alone have the mean 14.5.
     assert 32 < first.mean() < 67
@@ -138,7 +158,7 @@ def test_the_first_validation_batches_are_a_sample_of_all_documents(corpus_of: C
 
 def test_validation_is_in_the_same_order_for_any_number_of_hosts_and_ends(corpus_of: CorpusOf) -> None:
     corpus = corpus_of([list(range(30 * i, 30 * i + 17)) for i in range(9)])
-    split = ValidationSplit([corpus], LAYOUT, batch_size=4)
+    split = validation_split([corpus], LAYOUT, 4)
     for step in range(split.num_batches):
         parts = [split.batch(step, host=host, num_hosts=2) for host in range(2)]
         for name, array in split.batch(step).items():
@@ -164,3 +184,57 @@ def test_a_permutation_is_one_and_depends_on_its_key(length: int, key: list[int]
     np.testing.assert_array_equal(order, permutation(length, *key))
     if length > 20:  # 1 in 20! that two keys agree
         assert permutation(length, *key, 1).tolist() != order.tolist()
+
+
+class Images(Table):
+    """Rows of another shape: image i is full of i, its label is i; a blank has the label -1."""
+
+    def __init__(self, count: int, first: int = 0) -> None:
+        self.count, self.first = count, first
+
+    def __len__(self) -> int:
+        return self.count
+
+    def read(self, numbers: np.ndarray) -> Batch:
+        label = np.where(numbers < self.count, numbers + self.first, -1).astype(np.int32)
+        return {"pixel_values": np.broadcast_to(label[:, None, None, None], (len(label), 2, 3, 1)), "labels": label}
+
+
+@given(count=st.integers(1, 20), batch_size=st.sampled_from([4, 12]), num_hosts=st.sampled_from([1, 2, 4]))
+def test_arrays_of_any_shape_make_batches(count: int, batch_size: int, num_hosts: int) -> None:
+    train = TrainSplit(Shuffled(Images(count), seed=5), batch_size=batch_size)
+    steps = -(-2 * count // batch_size)
+    batches = [train.batch(s, host=h, num_hosts=num_hosts) for s in range(steps) for h in range(num_hosts)]
+    assert all(batch["pixel_values"].shape == (batch_size // num_hosts, 2, 3, 1) for batch in batches)
+    labels = np.concatenate([batch["labels"] for batch in batches])
+    for epoch in range(2):
+        assert sorted(labels[epoch * count : (epoch + 1) * count].tolist()) == list(range(count))
+    assert train.epochs(steps) == (steps * batch_size / count,)
+
+
+def test_a_mixture_of_tables_and_their_concatenation_keep_shapes_and_end_with_blanks() -> None:
+    tables = [Images(3), Images(0, 100), Images(4, 10)]
+    mixed = TrainSplit(Mixed([Shuffled(tables[0], 0), Shuffled(tables[2], 1)], [1.0, 1.0]), batch_size=8)
+    batch = mixed.batch(3)
+    assert batch["pixel_values"].shape == (8, 2, 3, 1)
+    assert np.count_nonzero(batch["labels"] >= 10) == 4
+    np.testing.assert_array_equal(batch["pixel_values"][:, 1, 2, 0], batch["labels"])
+    split = ValidationSplit(Concatenated(tables), batch_size=4)
+    assert sorted(stacked(split, range(split.num_batches))["labels"].tolist()) == [-1, 0, 1, 2, 10, 11, 12, 13]
+
+
+@given(documents=corpora.filter(lambda documents: len(documents) > 1), seed=st.integers(0, 99))
+def test_another_documents_row_is_never_the_same_documents_and_any_of_them(
+    documents: list[list[int]], seed: int, corpus_of: CorpusOf
+) -> None:
+    layout = Layout(sequence_length=6, isolate=True, pad_id=999, share=False)
+    stream = Mixed([PackedStream(corpus_of(documents), layout, seed)], [1.0])
+    for number in range(12):
+        own = stream.read(np.array([number]))["input_ids"][0, 0] // 30
+        assert stream.other(number, Draws(seed, number))["input_ids"][0, 0] // 30 != own
+    rows = Rows(corpus_of(documents), None, layout)
+    found = {int(rows.other(0, Draws(seed, i))["input_ids"][0, 0]) for i in range(600)}
+    starts = {document[i] for document in documents[1:] for i in range(0, len(document), 6)}
+    assert found <= starts
+    if len(starts) < 20:  # a row is missed in 600 draws with probability below 20 (19/20)^600 = 1e-12
+        assert found == starts

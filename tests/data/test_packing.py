@@ -71,6 +71,23 @@ def test_rows_hold_every_token_once_and_score_every_token_that_has_a_predecessor
     assert len(scored) == corpus.num_scored(isolate)
 
 
+@given(documents=documents_of_any_length, data=st.data(), length=st.integers(1, 9))
+def test_without_sharing_rows_are_those_of_each_document_alone(
+    documents: list[list[int]], data: st.DataObject, length: int, corpus_of: CorpusOf
+) -> None:
+    order = data.draw(st.permutations(range(len(documents))))
+    layout = Layout(sequence_length=length, isolate=True, pad_id=PAD, share=False)
+    rows = Rows(corpus_of(documents), np.array(order), layout)
+    expected = [row for i in order for row in rows_by_hand(documents, [i], length, True)]
+    assert len(rows) == len(expected) == layout.num_rows(np.array([len(document) for document in documents]))
+    if not expected:
+        return
+    batch = rows.read(np.arange(len(rows) + 1))
+    for name, array in batch.items():
+        np.testing.assert_array_equal(array[:-1], np.array([row[name] for row in expected]).reshape(-1, length))
+    assert not batch["segment_ids"][-1].any()
+
+
 def test_changing_one_document_changes_no_other_document_in_its_row(corpus_of: CorpusOf) -> None:
     layout = Layout(sequence_length=12, isolate=True, pad_id=PAD)
     before, after = (

@@ -116,5 +116,5 @@ def test_a_mask_is_taken_apart_into_what_linear_attention_knows() -> None:
     np.testing.assert_array_equal(seen.real_BT, real & later)
     np.testing.assert_array_equal(seen.segments_BT, ids)
     assert Visibility.of(Full(), "test") == Visibility(causal=False, real_BT=None, segments_BT=None)
-    with pytest.raises(ValueError, match="SomeLayer never forms .* cannot apply Prefix"):
+    with pytest.raises(ValueError, match="cannot apply Prefix"):
         Visibility.of(Prefix(jnp.array([2, 3])), "SomeLayer")

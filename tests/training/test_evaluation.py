@@ -1,5 +1,6 @@
 """Evaluation sums over the whole split and divides once."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -38,6 +39,15 @@ def test_the_mean_is_over_tokens_not_over_batches() -> None:
     assert run() == pytest.approx({"loss": 3 * 39 / 15, "twice": 6 * 39 / 15})
 
 
+def test_a_metric_with_a_count_of_its_own_is_divided_by_that() -> None:
+    def two_terms(params: Any, batch: Any) -> LossParts:
+        parts = step(params, batch)
+        return dataclasses.replace(parts, counts={"twice": 2 * parts.count})
+
+    found = evaluate(two_terms, {"factor": 3.0}, Split(), lambda batch: jax.tree.map(jnp.asarray, batch))
+    assert found == pytest.approx({"loss": 3 * 39 / 15, "twice": 3 * 39 / 15})
+
+
 def test_at_most_so_many_batches_are_used() -> None:
     assert run(max_batches=2) == pytest.approx({"loss": 3 * 9 / 5, "twice": 6 * 9 / 5})
     assert run(max_batches=100) == run()
@@ -53,5 +63,5 @@ def test_a_split_without_a_token_to_score_is_an_error() -> None:
     class Empty(Split):
         counts = (0.0, 0.0, 0.0)
 
-    with pytest.raises(ValueError, match="no token to score"):
+    with pytest.raises(ValueError, match="nothing to score"):
         run(Empty())

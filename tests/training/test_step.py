@@ -15,7 +15,7 @@ from llmlab.objectives import NextToken
 from llmlab.optim import SGD, AdamW, Linear, Optimizer
 from llmlab.sharding import Mesh
 from llmlab.training.state import LossScale, TrainState, new_state, state_shardings
-from llmlab.training.step import batch_sharding, make_evaluate_step, make_train_step
+from llmlab.training.step import batch_shardings, make_evaluate_step, make_train_step
 
 Batch = dict[str, np.ndarray]
 
@@ -53,8 +53,9 @@ def train(
         built = mesh.build(jax.devices())
         layout = state_shardings(state, logical_axes(model), built)
         state = jax.device_put(state, layout)
-        batches = [jax.device_put(batch, batch_sharding(built)) for batch in batches]
-        settings |= {"mesh": built, "layout": layout}
+        where = batch_shardings(batches[0], built)
+        batches = [jax.device_put(batch, where) for batch in batches]
+        settings |= {"mesh": built, "layout": layout, "where": where}
     step = make_train_step(graphdef, NextToken(), transformation, **settings)
     metrics = []
     for batch in batches:
