@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llmlab.models.config import ModelConfig
+from llmlab.models.config import ModelConfig, Transformer
 from llmlab.models.weights import WeightTable
 
 
@@ -20,6 +20,8 @@ class HuggingFace:
     """Contents of config.json; ValueError with the differences if the family cannot express the model."""
     weights: WeightTable
     """Which tensor is which parameter."""
+    config: type[ModelConfig] = Transformer
+    """Class of the configs that `to_hf` takes."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,9 +8,9 @@ loads is the model that the config describes.
 import dataclasses
 import math
 from collections.abc import Collection, Mapping
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
-from llmlab.models.config import Transformer
+from llmlab.models.config import ModelConfig
 from llmlab.nn.attention import Attention
 from llmlab.nn.config import Block
 from llmlab.nn.feed_forward import Activation
@@ -25,6 +25,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu_accurate": "gelu_tanh",
     "gelu": "gelu",
     "gelu_python": "gelu",
+    "quick_gelu": "quick_gelu",
     "relu": "relu",
     "silu": "silu",
     "swish": "silu",
@@ -124,6 +125,7 @@ class Attributes:
         self._taken: set[str] = set()
         self._problems: list[str] = []
         self._nested: list[Attributes] = []
+        self._irrelevant: Collection[str] = ()
 
     def common(self, **but: Any) -> None:
         """Take what any config may hold with one value only; `but` names other values that this family has there."""
@@ -144,6 +146,12 @@ class Attributes:
         name, value = found[0] if found else (names[0], {})
         inner = Attributes(value, name)
         self._nested.append(inner)
+        return inner
+
+    def submodel(self, name: str) -> "Attributes":
+        """Attributes of this object, the config of a part that is a model of its own (a tower of CLIP)."""
+        inner = self.nested(name)
+        inner._irrelevant = IRRELEVANT
         return inner
 
     def problem(self, message: str) -> None:
@@ -213,7 +221,7 @@ class Attributes:
     def _all_problems(self, irrelevant: Collection[str]) -> list[str]:
         unknown = [f"{name}={value!r} is unknown" for name, value in self._config.items()]
         known = [name in self._taken or name in irrelevant for name in self._config]
-        inner = [f"{part._name}.{problem}" for part in self._nested for problem in part._all_problems(())]
+        inner = [f"{part._name}.{problem}" for part in self._nested for problem in part._all_problems(part._irrelevant)]
         return self._problems + [one for one, fine in zip(unknown, known, strict=True) if not fine] + inner
 
     def _take(self, name: str, default: Any) -> Any:
@@ -228,7 +236,21 @@ def activation_to_hf(activation: Activation) -> str:
     return next(name for name, ours in ACTIVATIONS.items() if ours == activation)
 
 
-def block_of(model: Transformer, family: str) -> Block:
+@runtime_checkable
+class Layered(Protocol):
+    """A model config with one stack of layers."""
+
+    @property
+    def embed_dim(self) -> int:
+        """Width of the residual stream."""
+        ...
+
+    def layers(self) -> tuple[Block, ...]:
+        """The block of every layer, first to last."""
+        ...
+
+
+def block_of(model: Layered, family: str) -> Block:
     """The one block that all layers of a model share.
 
     Raises:
@@ -241,7 +263,7 @@ def block_of(model: Transformer, family: str) -> Block:
     return layers[0]
 
 
-def check_same(model: Transformer, expressed: Transformer, family: str) -> None:
+def check_same(model: ModelConfig, expressed: ModelConfig, family: str) -> None:
     """Raise ValueError, with all differences, unless a family's config expresses everything the model computes."""
     found = differences(_canonical(model), _canonical(expressed))
     if found:
@@ -276,6 +298,11 @@ def canonical_block(block: Block, dim: int) -> Block:
     return dataclasses.replace(block, mixer=mixer)
 
 
-def _canonical(model: Transformer) -> Transformer:
-    block = canonical_block(model.pattern[0], model.embed_dim)
-    return dataclasses.replace(model, pattern=(block,), execution=Execution(), context_length=None)
+def _canonical(model: ModelConfig) -> ModelConfig:
+    """The config, and those of its parts, without what changes no result."""
+    changes: dict[str, Any] = {"execution": Execution(), "context_length": None}
+    if isinstance(model, Layered):
+        changes["pattern"] = (canonical_block(model.layers()[0], model.embed_dim),)
+    names = [field.name for field in dataclasses.fields(model)]
+    parts = {name: _canonical(part) for name in names if isinstance(part := getattr(model, name), ModelConfig)}
+    return dataclasses.replace(model, **parts, **{name: value for name, value in changes.items() if name in names})

@@ -102,8 +102,11 @@ def _express(model: ModelConfig) -> tuple[HuggingFace, dict[str, Any]]:
     """The family that has this model, and its config."""
     reasons: list[str] = []
     for family in FAMILIES.values():
+        if not isinstance(model, family.config):
+            continue
         try:
             return family, family.to_hf(model)
         except ValueError as error:
             reasons.append(str(error))
+    reasons = reasons or [f"none is made of a {type(model).__name__}"]
     raise ValueError("no Hugging Face family computes what this model does\n" + "\n".join(reasons))

@@ -7,7 +7,9 @@ shapes, so one table serves every size of a family.
     Identity     the same array                                 norms, embeddings
     Linear       torch.nn.Linear, (out, in)                     kernel (*in, *out)
     Conv1D       GPT-2's linear layer, (in, out)                kernel (*in, *out)
+    Conv2D       torch.nn.Conv2d over patches, (out, in, h, w)  kernel (h, w, in, out)
     Vector       (n,)                                           bias (*out) with n = product(out)
+    Leading      (1, 1, n)                                      (n,): class tokens, positions
     Fused        one tensor, parts side by side along an axis   one leaf for each part
     Stacked      one tensor for each expert                     one leaf with a leading dimension
 """
@@ -116,6 +118,38 @@ class Conv1D(One):
 
     def to_tensor(self, leaf: np.ndarray) -> np.ndarray:
         return leaf.reshape(math.prod(leaf.shape[: self.num_inputs]), -1)
+
+
+@dataclass(frozen=True)
+class Conv2D(One):
+    """(out, in, height, width), a convolution with a stride of its size, to a patch kernel (height, width, in, out)."""
+
+    def tensor_shape(self, shape: Shape) -> Shape:
+        height, width, channels, out = shape
+        return out, channels, height, width
+
+    def to_leaf(self, tensor: np.ndarray, shape: Shape) -> np.ndarray:
+        return tensor.transpose(2, 3, 1, 0)
+
+    def to_tensor(self, leaf: np.ndarray) -> np.ndarray:
+        return leaf.transpose(3, 2, 0, 1)
+
+
+@dataclass(frozen=True)
+class Leading(One):
+    """(1, ..., 1, *shape) to a leaf of that shape: tensors that broadcast over a batch."""
+
+    ones: int
+    """Dimensions of size one in front."""
+
+    def tensor_shape(self, shape: Shape) -> Shape:
+        return (1,) * self.ones + shape
+
+    def to_leaf(self, tensor: np.ndarray, shape: Shape) -> np.ndarray:
+        return tensor.reshape(shape)
+
+    def to_tensor(self, leaf: np.ndarray) -> np.ndarray:
+        return leaf.reshape(self.tensor_shape(leaf.shape))
 
 
 @dataclass(frozen=True)

@@ -159,7 +159,7 @@ def dump(table: WeightTable, params: Params) -> Iterator[tuple[str, np.ndarray]]
     for link in bind(table, params):
         parts = tuple(_slice(leaves[slot.path], slot.index) for slot in link.slots)
         for name, tensor in zip(link.names, link.transform.to_tensors(parts), strict=True):
-            yield name, np.ascontiguousarray(tensor, np.float32)
+            yield name, np.asarray(tensor, np.float32, order="C")  # ascontiguousarray makes a vector of a scalar
 
 
 def tensor_shapes(table: WeightTable, params: Params) -> dict[str, Shape]:

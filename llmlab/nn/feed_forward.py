@@ -24,13 +24,15 @@ from llmlab.nn.dense import Dense
 from llmlab.nn.dropout import check_rate, dropout
 from llmlab.sharding import shard
 
-Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh", "identity"]
-"""gelu is the exact one, x Phi(x) (Hendrycks and Gimpel 2016); gelu_tanh its approximation, GPT-2's."""
+Activation = Literal["relu", "gelu", "gelu_tanh", "quick_gelu", "silu", "sigmoid", "tanh", "identity"]
+"""gelu is the exact one, x Phi(x) (Hendrycks and Gimpel 2016); gelu_tanh its approximation, GPT-2's; quick_gelu a
+coarser one, x sigmoid(1.702 x), CLIP's."""
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
     "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "silu": jax.nn.silu,
     "sigmoid": jax.nn.sigmoid,
     "tanh": jax.numpy.tanh,

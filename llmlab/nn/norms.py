@@ -42,6 +42,8 @@ class RMSNorm(Norm):
 
     epsilon: float = 1e-6
     """Added to the mean square."""
+    offset: float = 0.0
+    """Added to the learned gain; 1 where gains are stored around zero, so that weight decay pulls them to 1 (Gemma)."""
 
     def build(self, dim: int, *, rngs: nnx.Rngs) -> "RMSNormLayer":
         return RMSNormLayer(self, dim)
@@ -76,10 +78,14 @@ class RMSNormLayer(nnx.Module):
 
     def __init__(self, config: RMSNorm, dim: int) -> None:
         self.epsilon = config.epsilon
-        self.scale = nnx.Param(jnp.ones(dim), axes=("embed",))
+        self.offset = config.offset
+        self.scale = nnx.Param(jnp.full(dim, 1.0 - config.offset), axes=("embed",))
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        return _normalise(x, self.scale[...], None, self.epsilon, False)
+        scale = self.scale[...]
+        if self.offset:
+            scale = scale.astype(jnp.float32) + self.offset  # bfloat16 would round 1.001 to 1
+        return _normalise(x, scale, None, self.epsilon, False)
 
 
 class BatchNormLayer(nnx.Module):

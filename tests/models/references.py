@@ -42,6 +42,8 @@ class Case:
     """Fields of the output that must agree."""
     loss: Callable[[Any, Mapping[str, Any]], Any] = field(default_factory=lambda: cross_entropy)
     """Loss from transformers' output and the inputs as tensors; see `cross_entropy` and `own_loss`."""
+    saved: Callable[[str], str] = lambda name: name
+    """Name in checkpoints of a parameter of the transformers model, which may spell its modules in a new way."""
     hidden: tuple[str, ...] = ("labels",)
     """Inputs that transformers is not called with."""
     renamed: Mapping[str, str] = field(default_factory=dict)
@@ -154,7 +156,7 @@ def reference(model: Any, case: Case) -> Inputs:
     loss = case.loss(output, tensors)
     loss.backward()
     values = {name: getattr(output, case.fields.get(name, name)).detach().numpy() for name in case.outputs}
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    gradients = {case.saved(name): p.grad for name, p in model.named_parameters() if p.grad is not None}
     return {
         **{f"input.{name}": value for name, value in case.inputs.items()},
         **{f"output.{name}": value.copy() for name, value in values.items()},

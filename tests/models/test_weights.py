@@ -5,7 +5,19 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from llmlab.models.transforms import Conv1D, Fused, Identity, Linear, One, Shape, Stacked, Transform, Vector
+from llmlab.models.transforms import (
+    Conv1D,
+    Conv2D,
+    Fused,
+    Identity,
+    Leading,
+    Linear,
+    One,
+    Shape,
+    Stacked,
+    Transform,
+    Vector,
+)
 from llmlab.models.weights import (
     Row,
     TensorInfo,
@@ -69,6 +81,9 @@ class Reversed(One):
         (Linear(), ((6, 5),)),
         (Conv1D(), ((6, 2, 3),)),
         (Conv1D(2), ((2, 3, 6),)),
+        (Conv2D(), ((2, 3, 4, 5),)),
+        (Leading(2), ((5,),)),
+        (Leading(1), ((4, 5),)),
         (Vector(), ((2, 3),)),
         (Fused(Conv1D(), axis=1), ((6, 4, 3), (6, 2, 3), (6, 2, 3))),
         (Fused(Linear(), axis=0), ((6, 4, 3), (6, 2, 3), (6, 2, 3))),
@@ -94,6 +109,15 @@ def test_linear_is_the_matrix_of_torch_linear_split_into_heads():
     heads, out = draw(6, seed=2), draw(4, 6, seed=3)
     (kernel,) = Linear(2).to_leaves((out,), ((2, 3, 4),))
     np.testing.assert_allclose(np.einsum("NH,NHD->D", heads.reshape(2, 3), kernel), out @ heads, rtol=1e-5)
+
+
+def test_conv2d_is_a_strided_convolution_as_a_matrix_over_patches():
+    weight, image = draw(5, 3, 2, 4), draw(3, 6, 8, seed=1)  # (out, in, height, width), an image (in, 6, 8)
+    (kernel,) = Conv2D().to_leaves((weight,), ((2, 4, 3, 5),))
+    for row, column in ((0, 0), (2, 1)):
+        patch = image[:, 2 * row : 2 * row + 2, 4 * column : 4 * column + 4]
+        ours = np.einsum("HWC,HWCD->D", patch.transpose(1, 2, 0), kernel)
+        np.testing.assert_allclose(ours, np.sum(weight * patch, axis=(1, 2, 3)), rtol=1e-5)
 
 
 def test_fused_parts_are_the_slices_of_one_matmul():

@@ -81,10 +81,13 @@ def test_layer_norm_without_bias_has_none():
     assert LayerNorm(bias=False).build(8, rngs=rngs()).bias is None
 
 
-def test_rms_norm_is_its_equation():
-    layer = randomised(RMSNorm(epsilon=1e-3).build(8, rngs=rngs()))
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_rms_norm_is_its_equation(offset):
+    config = RMSNorm(epsilon=1e-3, offset=offset)
+    np.testing.assert_array_equal(config.build(8, rngs=rngs()).scale[...], 1 - offset)
+    layer = randomised(config.build(8, rngs=rngs()))
     x = f64(normal(1, 2, 3, 8))
-    expected = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-3) * f64(layer.scale[...])
+    expected = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-3) * (offset + f64(layer.scale[...]))
     assert_close(layer(jnp.asarray(x, jnp.float32)), expected)
 
 
@@ -96,7 +99,7 @@ def test_batch_norm_takes_statistics_over_tokens():
     assert_close(layer(jnp.asarray(x, jnp.float32)), expected)
 
 
-@pytest.mark.parametrize("config", [LayerNorm(), LayerNorm(bias=False), RMSNorm()])
+@pytest.mark.parametrize("config", [LayerNorm(), LayerNorm(bias=False), RMSNorm(), RMSNorm(offset=1.0)])
 def test_norm_gradients_equal_those_of_the_plain_equation(config):
     layer = randomised(config.build(16, rngs=rngs()))
     graphdef, state = nnx.split(layer)
@@ -104,7 +107,8 @@ def test_norm_gradients_equal_those_of_the_plain_equation(config):
 
     def plain(state, x):
         centred = x - jnp.mean(x, -1, keepdims=True) if isinstance(config, LayerNorm) else x
-        y = centred / jnp.sqrt(jnp.mean(centred**2, -1, keepdims=True) + config.epsilon) * state["scale"][...]
+        y = centred / jnp.sqrt(jnp.mean(centred**2, -1, keepdims=True) + config.epsilon)
+        y = y * (state["scale"][...] + (config.offset if isinstance(config, RMSNorm) else 0))
         return jnp.sum((y + state["bias"][...] if "bias" in state else y) * dy)
 
     ours = jax.grad(lambda s, x: jnp.sum(nnx.merge(graphdef, s)(x) * dy), (0, 1))(state, x)
@@ -127,6 +131,7 @@ ACTIVATIONS = {
     "relu": lambda x: np.maximum(x, 0),
     "gelu": lambda x: x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2))),
     "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    "quick_gelu": lambda x: x / (1 + np.exp(-1.702 * x)),
     "silu": lambda x: x / (1 + np.exp(-x)),
     "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
     "tanh": np.tanh,
