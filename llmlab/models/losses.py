@@ -17,3 +17,14 @@ def mean_cross_entropy(logits: Float[Array, "*B C"], labels: Int[Array, "*B"]) -
     log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
     nll = -jnp.take_along_axis(log_probs, jnp.where(counted, labels, 0)[..., None], axis=-1)[..., 0]
     return jnp.sum(nll * counted) / jnp.maximum(jnp.sum(counted), 1)
+
+
+def mean_squared_error(predictions: Float[Array, "*B C"], targets: Float[Array, "..."]) -> Float[Array, ""]:
+    """Mean of the squared differences; targets have the predictions' shape, a last dimension of 1 may be absent."""
+    return jnp.mean(jnp.square(predictions.astype(jnp.float32) - targets.reshape(predictions.shape)))
+
+
+def mean_binary_cross_entropy(logits: Float[Array, "*B C"], labels: Float[Array, "*B C"]) -> Float[Array, ""]:
+    """Mean over rows and labels, each label a yes-or-no question of its own, in nats."""
+    logits = logits.astype(jnp.float32)
+    return -jnp.mean(labels * jax.nn.log_sigmoid(logits) + (1 - labels) * jax.nn.log_sigmoid(-logits))

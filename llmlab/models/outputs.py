@@ -36,3 +36,84 @@ class CausalOutput:
     """Keys and values with this call's positions stored, when a cache was given."""
     auxiliary: Auxiliary = field(default_factory=dict)
     """What the layers report, every array with a leading dimension of layers."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class EncoderOutput:
+    """What an encoder without a head returns."""
+
+    last_hidden_state: Float[Array, "B S D"]
+    """Output of the last layer, after the final norm where there is one."""
+    pooled: Float[Array, "B P"] | None = None
+    """Summary of each row by the pooler; None without one."""
+    auxiliary: Auxiliary = field(default_factory=dict)
+    """What the layers report, every array with a leading dimension of layers."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TokenOutput:
+    """What an encoder returns that scores every token: masked language model, token classifier."""
+
+    logits: Float[Array, "B S C"]
+    """Scores of every token over the vocabulary or the labels, float32."""
+    last_hidden_state: Float[Array, "B S D"]
+    """Input of the head."""
+    loss: Float[Array, ""] | None = None
+    """Mean cross-entropy over the counted labels plus the layers' own losses, when labels were given."""
+    auxiliary: Auxiliary = field(default_factory=dict)
+    """What the layers report, every array with a leading dimension of layers."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PreTrainingOutput:
+    """What BERT returns in pretraining."""
+
+    logits: Float[Array, "B S V"]
+    """Scores of every token over the vocabulary, float32."""
+    seq_relationship_logits: Float[Array, "B 2"]
+    """Scores of (second sentence follows the first, second sentence is a random one), float32."""
+    last_hidden_state: Float[Array, "B S D"]
+    """Input of the masked language model's head."""
+    pooled: Float[Array, "B P"]
+    """Input of the next sentence's head."""
+    loss: Float[Array, ""] | None = None
+    """Sum of the mean cross-entropies of those targets that were given, plus the layers' own losses."""
+    auxiliary: Auxiliary = field(default_factory=dict)
+    """What the layers report, every array with a leading dimension of layers."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SequenceOutput:
+    """What a classifier of whole sequences (or images) returns."""
+
+    logits: Float[Array, "B C"]
+    """Scores of every row over the labels, float32."""
+    last_hidden_state: Float[Array, "B S D"]
+    """Output of the last layer."""
+    pooled: Float[Array, "B P"]
+    """Summary of each row, input of the classifier."""
+    loss: Float[Array, ""] | None = None
+    """Loss of the head's problem type plus the layers' own losses, when labels were given."""
+    auxiliary: Auxiliary = field(default_factory=dict)
+    """What the layers report, every array with a leading dimension of layers."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SpanOutput:
+    """What extractive question answering returns."""
+
+    start_logits: Float[Array, "B S"]
+    """Scores of every token as the answer's first, float32."""
+    end_logits: Float[Array, "B S"]
+    """Scores of every token as the answer's last, float32."""
+    last_hidden_state: Float[Array, "B S D"]
+    """Input of the head."""
+    loss: Float[Array, ""] | None = None
+    """Mean of both cross-entropies plus the layers' own losses, when positions were given."""
+    auxiliary: Auxiliary = field(default_factory=dict)
+    """What the layers report, every array with a leading dimension of layers."""
