@@ -117,3 +117,18 @@ class SpanOutput:
     """Mean of both cross-entropies plus the layers' own losses, when positions were given."""
     auxiliary: Auxiliary = field(default_factory=dict)
     """What the layers report, every array with a leading dimension of layers."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class VisionOutput:
+    """What an encoder of images returns."""
+
+    last_hidden_state: Float[Array, "B S D"]
+    """State of every token after the last norm."""
+    pooled: Float[Array, "B P"] | None = None
+    """The image as one vector, when the model pools."""
+    logits: Float[Array, "B C"] | None = None
+    """Scores of the classes, float32, when the model has a head."""
+    loss: Float[Array, ""] | None = None
+    """Mean cross-entropy, when labels were given."""

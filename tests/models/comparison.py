@@ -21,12 +21,14 @@ def under(prefix: str, values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def evaluated(model: Any, inputs: dict[str, np.ndarray], outputs: tuple[str, ...]) -> tuple[Any, dict[str, Any], Any]:
-    """Loss, outputs by name, gradient."""
+    """Loss, outputs by name, gradient. The loss of a model that has none is the sum of its outputs' mean squares."""
     graphdef, params = split(model)
 
     def loss(params: Any) -> Any:
         out = merge(graphdef, params)(**{name: jnp.asarray(value) for name, value in inputs.items()})
-        return out.loss, {name: getattr(out, name) for name in outputs}
+        values = {name: getattr(out, name) for name in outputs}
+        loss = sum(jnp.mean(jnp.square(value)) for value in values.values()) if out.loss is None else out.loss
+        return loss, values
 
     (value, found), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     return value, found, gradient

@@ -78,6 +78,16 @@ def own_loss(output: Any, inputs: Mapping[str, Any]) -> Any:
     return output.loss
 
 
+def squares(*names: str) -> Callable[[Any, Mapping[str, Any]], Any]:
+    """Sum of the outputs' mean squares: for models that have no loss of their own (see comparison.evaluated)."""
+    return lambda output, inputs: sum(getattr(output, name).square().mean() for name in names)
+
+
+def channels_first(model: Any, inputs: dict[str, Any]) -> Any:
+    """Calls a model of transformers, whose images have channels before height and width, with llmlab's images."""
+    return model(**inputs | {"pixel_values": inputs["pixel_values"].movedim(-1, -3)})
+
+
 def tokens(vocab_size: int, seed: int = 0, *, low: int = 0, pad_id: int | None = None) -> Inputs:
     """`input_ids` from `low` up and `attention_mask`, rows as in ROWS; padding has `pad_id` where that matters."""
     rng = np.random.default_rng(seed)
