@@ -1,9 +1,10 @@
 """Every architecture family of llmlab, in one list."""
 
-from llmlab.models import gpt2, llama, vit
+from llmlab.models import bert, gpt2, llama, vit
 from llmlab.models.family import Family
 
 FAMILIES: tuple[Family, ...] = (
+    bert.FAMILY,
     gpt2.FAMILY,
     llama.FAMILY,
     vit.FAMILY,

@@ -47,6 +47,8 @@ class EncoderOutput:
     """Output of the last layer, after the final norm where there is one."""
     pooled: Float[Array, "B P"] | None = None
     """Summary of each row by the pooler; None without one."""
+    loss: None = None
+    """Nothing is answered, so nothing is lost."""
     auxiliary: Auxiliary = field(default_factory=dict)
     """What the layers report, every array with a leading dimension of layers."""
 

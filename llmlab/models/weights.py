@@ -62,7 +62,14 @@ class WeightTable:
     tied: Mapping[str, str] = field(default_factory=dict)
     """Tensor that, in a model that ties it, is a copy of another: it may be absent, and must be equal if present."""
     ignored: tuple[str, ...] = ()
-    """Names of buffers that older checkpoints hold and nothing needs: masks, rotary frequencies."""
+    """Names of what checkpoints hold and nothing needs: masks, rotary frequencies, heads that the config names not."""
+    unread: Mapping[str, str] = field(default_factory=dict)
+    """Tensor that transformers holds and never reads, in some variants of the family -> tensor that is written in its
+    place; it is not read here either."""
+    synonyms: Mapping[str, str] = field(default_factory=dict)
+    """Endings of names in older checkpoints -> those that the rows have."""
+    head: str | None = None
+    """Path of the head. A model without one is written without the prefix; None: every model is written with it."""
 
 
 @dataclass(frozen=True)
@@ -156,15 +163,20 @@ def load(table: WeightTable, params: Params, source: TensorSource, *, where: str
 def dump(table: WeightTable, params: Params) -> Iterator[tuple[str, np.ndarray]]:
     """Checkpoint tensors of these parameters (or of their gradients), layer by layer: pairs of name and float32."""
     leaves = flatten(params)
-    for link in bind(table, params):
+    links = bind(table, params)
+    written = _written(table, links, params)
+    for link in links:
         parts = tuple(_slice(leaves[slot.path], slot.index) for slot in link.slots)
         for name, tensor in zip(link.names, link.transform.to_tensors(parts), strict=True):
-            yield name, np.asarray(tensor, np.float32, order="C")  # ascontiguousarray makes a vector of a scalar
+            array = np.asarray(tensor, np.float32, order="C")  # ascontiguousarray makes a vector of a scalar
+            yield from ((spelled, array) for spelled in written[name])
 
 
 def tensor_shapes(table: WeightTable, params: Params) -> dict[str, Shape]:
     """Names and shapes of what `dump` yields, in its order."""
-    return {name: shape for link in bind(table, params) for name, shape in link.tensors().items()}
+    links = bind(table, params)
+    written = _written(table, links, params)
+    return {spelled: shape for link in links for name, shape in link.tensors().items() for spelled in written[name]}
 
 
 def flatten(params: Params, prefix: str = "") -> dict[str, Any]:
@@ -248,6 +260,18 @@ def _check_coverage(links: Sequence[Link], leaves: Mapping[str, Any]) -> None:
         raise ValueError("the model has parameters that its family does not:\n  " + "\n  ".join(problems))
 
 
+def _written(table: WeightTable, links: Sequence[Link], params: Params) -> dict[str, tuple[str, ...]]:
+    """Names under which each tensor of the rows is written."""
+    names = [name for link in links for name in link.names]
+    written: dict[str, tuple[str, ...]] = {name: (name,) for name in names}
+    for copy, original in table.unread.items():
+        if original in written and copy not in written:
+            written[original] += (copy,)
+    if table.head is not None and not _node(params, table.head):
+        written = {name: tuple(one.removeprefix(table.prefix) for one in ones) for name, ones in written.items()}
+    return written
+
+
 def _slice(leaf: Any, index: int | None) -> np.ndarray:
     return np.asarray(leaf if index is None else leaf[index])
 
@@ -262,13 +286,16 @@ def _resolve(table: WeightTable, links: Sequence[Link], source: TensorSource, wh
     problems: list[str] = []
     ignored = set(table.ignored)
     for name in source.tensors:
-        full = name if name in expected else table.prefix + name
+        spelled = _today(table, name)
+        full = spelled if spelled in expected else table.prefix + spelled
         if full in expected:
             if full in sources:
                 problems.append(f"unexpected: {name}, since {sources[full]} is the same parameter")
             sources.setdefault(full, name)
         elif name in table.tied and table.tied[name] in expected:
             copies.append((name, table.tied[name]))
+        elif name in table.unread and table.unread[name] in expected:
+            continue
         elif _pattern(full) not in ignored and _pattern(name) not in ignored:
             problems.append(f"unexpected: {name}, shape {source.tensors[name].shape}")
     for copy, original in copies:
@@ -284,6 +311,14 @@ def _resolve(table: WeightTable, links: Sequence[Link], source: TensorSource, wh
     if problems:
         raise ValueError(f"{where} does not fit its config: {len(problems)} problems\n  " + "\n  ".join(problems))
     return sources
+
+
+def _today(table: WeightTable, name: str) -> str:
+    """The name as the rows spell it."""
+    for old, new in table.synonyms.items():
+        if name.endswith(old):
+            return name.removesuffix(old) + new
+    return name
 
 
 def _misfits(name: str, info: TensorInfo, shape: Shape) -> list[str]:

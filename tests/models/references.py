@@ -62,6 +62,8 @@ class Case:
     """Rewrites config.json as older versions of transformers spelled it."""
     attention: str = "eager"
     """Attention implementation that transformers uses."""
+    equal: Mapping[str, str] = field(default_factory=dict)
+    """Parameter that nothing reads -> the one that it is set to, as checkpoints of older versions have it."""
     std: float = 0.3
     """Size of the random weights: logits of size one, attention that is neither flat nor one-hot."""
 
@@ -137,7 +139,10 @@ def build(case: Case, seed: int) -> Any:
     import transformers
 
     case.config._attn_implementation = case.attention
-    return randomised(getattr(transformers, case.model)(case.config), seed, case.std)
+    model = randomised(getattr(transformers, case.model)(case.config), seed, case.std)
+    for copy, original in case.equal.items():
+        model.get_parameter(copy).data = model.get_parameter(original).data.clone()
+    return model
 
 
 def opened(case: Case, directory: Path) -> Any:

@@ -245,3 +245,36 @@ def test_a_fused_row_needs_all_its_parts():
     table = WeightTable(rows=(Row("qk", ("query.bias", "key.bias"), Fused(Vector(), axis=0)),))
     with pytest.raises(ValueError, match=r"has query\.bias but not key\.bias"):
         bind(table, {"query": {"bias": draw(2)}})
+
+
+def headed() -> WeightTable:
+    return WeightTable(
+        prefix="body.",
+        head="head",
+        unread={"score.copy": "score.bias"},
+        synonyms={"norm.gamma": "norm.weight"},
+        rows=(Row("body.norm.weight", "norm.scale"), Row("score.bias", "head.bias")),
+    )
+
+
+def test_a_model_without_its_head_is_written_without_the_prefix_and_read_either_way():
+    scale, bias = draw(3), draw(2, seed=1)
+    bare, whole = {"norm": {"scale": scale}}, {"norm": {"scale": scale}, "head": {"bias": bias}}
+    assert list(dict(dump(headed(), bare))) == list(tensor_shapes(headed(), bare)) == ["norm.weight"]
+    assert list(tensor_shapes(headed(), whole)) == ["body.norm.weight", "score.bias", "score.copy"]
+    for name in ("norm.weight", "body.norm.weight"):
+        np.testing.assert_array_equal(loaded(headed(), bare, Memory(**{name: scale}))["norm.scale"], scale)
+
+
+def test_what_nothing_reads_is_written_as_a_copy_and_not_read():
+    scale, bias = draw(3), draw(2, seed=1)
+    params = {"norm": {"scale": scale}, "head": {"bias": bias}}
+    np.testing.assert_array_equal(dict(dump(headed(), params))["score.copy"], bias)
+    source = Memory(**{"body.norm.weight": scale, "score.bias": bias, "score.copy": 2 * bias})
+    np.testing.assert_array_equal(loaded(headed(), params, source)["head.bias"], bias)
+
+
+def test_old_names_are_read():
+    scale = draw(3)
+    source = Memory(**{"body.norm.gamma": scale})
+    np.testing.assert_array_equal(loaded(headed(), {"norm": {"scale": scale}}, source)["norm.scale"], scale)
