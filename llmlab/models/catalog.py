@@ -1,6 +1,6 @@
 """Every architecture family of llmlab, in one list."""
 
-from llmlab.models import bert, gpt2, llama, vit
+from llmlab.models import bert, gpt2, llama, vit, xlnet
 from llmlab.models.family import Family
 
 FAMILIES: tuple[Family, ...] = (
@@ -8,4 +8,5 @@ FAMILIES: tuple[Family, ...] = (
     gpt2.FAMILY,
     llama.FAMILY,
     vit.FAMILY,
+    xlnet.FAMILY,
 )

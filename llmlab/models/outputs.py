@@ -134,3 +134,18 @@ class VisionOutput:
     """Scores of the classes, float32, when the model has a head."""
     loss: Float[Array, ""] | None = None
     """Mean cross-entropy, when labels were given."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PermutationOutput:
+    """What a permutation language model returns; P is the number of targets, or of tokens where none are named."""
+
+    last_hidden_state: Float[Array, "B P D"]
+    """Input of the head."""
+    logits: Float[Array, "B P V"] | None = None
+    """Scores over the vocabulary, float32; None without a head."""
+    loss: Float[Array, ""] | None = None
+    """Mean cross-entropy over the counted labels plus the layers' own losses, when labels were given."""
+    mems: Float[Array, "L B M D"] | None = None
+    """Memory for the next segment, when one was given or asked for; without gradient."""

@@ -10,6 +10,7 @@ shapes, so one table serves every size of a family.
     Conv2D       torch.nn.Conv2d over patches, (out, in, h, w)  kernel (h, w, in, out)
     Vector       (n,)                                           bias (*out) with n = product(out)
     Leading      (1, 1, n)                                      (n,): class tokens, positions
+    OutputFirst  (out, *in)                                     kernel (*in, out)
     Fused        one tensor, parts side by side along an axis   one leaf for each part
     Stacked      one tensor for each expert                     one leaf with a leading dimension
 """
@@ -164,6 +165,20 @@ class Vector(One):
 
     def to_tensor(self, leaf: np.ndarray) -> np.ndarray:
         return leaf.reshape(-1)
+
+
+@dataclass(frozen=True)
+class OutputFirst(One):
+    """(out, *in) to a kernel (*in, out): an output projection that is written as it is read, heads unjoined."""
+
+    def tensor_shape(self, shape: Shape) -> Shape:
+        return (shape[-1], *shape[:-1])
+
+    def to_leaf(self, tensor: np.ndarray, shape: Shape) -> np.ndarray:
+        return np.moveaxis(tensor, 0, -1)
+
+    def to_tensor(self, leaf: np.ndarray) -> np.ndarray:
+        return np.moveaxis(leaf, -1, 0)
 
 
 @dataclass(frozen=True)

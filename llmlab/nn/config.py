@@ -34,6 +34,19 @@ class Cache(Protocol):
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Hidden states of earlier segments that one layer may attend to besides its input (Transformer-XL)."""
+
+    states: Float[Array, "B M D"]
+    """Earliest first; the layer's input of that time."""
+
+
+LayerCache = Any
+"""What one layer carries from one call to the next: a Cache, a Memory, whatever its mixer takes."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
 class Context:
     """What every layer of one forward pass may look at besides its input."""
 

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from llmlab.nn.config import Auxiliary, Block, Cache, Context
+from llmlab.nn.config import Auxiliary, Block, Context, LayerCache
 from llmlab.nn.dropout import check_rate
 from llmlab.nn.module import stack_axes
 from llmlab.nn.platform import platform
@@ -87,8 +87,8 @@ class Stack(nnx.Module):
         x_BSD: Float[Array, "B S D"],
         context: Context,
         key: jax.Array | None = None,
-        cache: Sequence[Cache] | None = None,
-    ) -> tuple[Float[Array, "B S D"], tuple[Cache, ...] | None, Auxiliary]:
+        cache: Sequence[LayerCache] | None = None,
+    ) -> tuple[Float[Array, "B S D"], tuple[LayerCache, ...] | None, Auxiliary]:
         """Output of the last layer; the caches with the new positions stored (one per layer, first to last); and what
         the layers report, every array with a leading dimension of the layers that report it (in no order)."""
         split = [nnx.split(block) for block in self.blocks]
@@ -141,7 +141,7 @@ class Stack(nnx.Module):
         context: Context,
         key: jax.Array | None,
         index: jax.Array | int,
-        cache: Cache | None,
+        cache: LayerCache | None,
     ) -> tuple[jax.Array, Any, Auxiliary]:
         key = None if key is None else jax.random.fold_in(key, index)
         y_BSD, cache, auxiliary = layer(x_BSD, context, key, cache)

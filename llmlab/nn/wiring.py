@@ -21,10 +21,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from llmlab.nn.config import Auxiliary, Block, Cache, Context, Wiring
+from llmlab.nn.config import Auxiliary, Block, Context, LayerCache, Wiring
 from llmlab.nn.dropout import dropout, split_key
 
-Output = tuple[Float[Array, "B S D"], Cache | None, Auxiliary]
+Output = tuple[Float[Array, "B S D"], LayerCache | None, Auxiliary]
 T = TypeVar("T")
 
 
@@ -147,7 +147,11 @@ class SerialLayer(nnx.Module):
         self.ffn_branch = branch()
 
     def __call__(
-        self, x_BSD: Float[Array, "B S D"], context: Context, key: jax.Array | None = None, cache: Cache | None = None
+        self,
+        x_BSD: Float[Array, "B S D"],
+        context: Context,
+        key: jax.Array | None = None,
+        cache: LayerCache | None = None,
     ) -> Output:
         key_mixer, key_cross, key_ffn, drop_mixer, drop_cross, drop_ffn = split_key(key, 6)
         x_BSD, cache = self.mixer_branch(lambda h: self.mixer(h, context, key_mixer, cache), x_BSD, drop_mixer)
@@ -171,7 +175,11 @@ class ParallelLayer(nnx.Module):
         self.norm_ffn = block.norm.build(dim, rngs=rngs) if block.norm is not None and not shared_norm else None
 
     def __call__(
-        self, x_BSD: Float[Array, "B S D"], context: Context, key: jax.Array | None = None, cache: Cache | None = None
+        self,
+        x_BSD: Float[Array, "B S D"],
+        context: Context,
+        key: jax.Array | None = None,
+        cache: LayerCache | None = None,
     ) -> Output:
         key_mixer, key_ffn, key_dropout = split_key(key, 3)
         h_BSD = x_BSD if self.norm_mixer is None else self.norm_mixer(x_BSD)

@@ -1,0 +1,254 @@
+"""Two-stream attention with relative positions (Yang et al. 2019, 1906.08237, sections 2.3 to 2.5; positions from
+Transformer-XL, Dai et al. 2019, 1901.02860).
+
+A permutation language model predicts token x_z(t) from those before it in a random order z. The state that predicts
+must know its own place but not its own token; the state that others read must know both. So there are two:
+
+    content  h_i = Attention(query from h_i, keys and values from h_j, j before i in the order or j = i)
+    query    g_i = Attention(query from g_i, keys and values from h_j, j before i in the order)
+
+with the same parameters; g begins as one learned vector. Both travel through the stack side by side, as rows
+[h_1 ... h_S, g_1 ... g_P] of one sequence: every position-wise part (norm, feed-forward, the query projection) is one
+matmul for both. Only the P positions that are predicted have a query state, P about S / 6.
+
+The score of query i and key j has three parts, each with its own bias on the query:
+
+    [(q_i + b_w) . k_j + (q_i + b_r) . W_r R(i - j) + (q_i + b_s) . s(i, j)] / sqrt(H)
+
+by content, by distance (R is sinusoidal), and by whether i and j are of the same text segment (s is one vector for
+yes, one for no). Nothing depends on absolute places, so a memory of the segments before can stand in front of the
+keys: its hidden states, without gradient, at distances beyond the segment.
+
+The distance term is one product with all S + T distances, shifted by one place from row to row: three quarters of the
+score FLOPs are not in q k^T. Content: 2 S D (2 T + (S + T)) FLOPs a layer, the query stream P / S of that; memory
+O(S T) per head, as the scores depend on query and distance and are formed whole.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from llmlab.nn.config import Context, Memory, Mixer
+from llmlab.nn.dense import Dense
+from llmlab.nn.dropout import check_rate, dropout, split_key
+from llmlab.sharding import shard
+
+# A query that may see no key at all weighs all keys alike, as in the authors' code: finite, so that it stays defined.
+_FORBIDDEN = -1e30
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Stream:
+    """One stream's queries: where they stand and what they may see of the T keys, memory first."""
+
+    first_BQ: Int[Array, "B Q"] | None
+    """Which of the encoded distances is each query's to the first key: S less its place in the segment. None for
+    queries at every place, 0 to S - 1."""
+    allowed_BQT: Bool[Array, "#B Q T"] | None
+    """Whether a query may see a key; None for always."""
+    other_BQT: Bool[Array, "B Q T"] | None
+    """Whether query and key are of different text segments; None where there are no segments."""
+
+    @property
+    def num_queries(self) -> int:
+        """Q of a stream whose places are given."""
+        assert self.first_BQ is not None
+        return self.first_BQ.shape[1]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class TwoStreamContext(Context):
+    """What the layers of one forward pass look at: its `mask` is in the streams."""
+
+    distances_GRD: Float[Array, "G R D"]
+    """Encoded distances T, T - 1, ...: to -S + 1 where queries look both ways, to 0 where they look back. G is 2 where
+    the second half of the batch is read backwards, else 1."""
+    content: Stream
+    """The S content states, first in the layer's input."""
+    query: Stream | None
+    """The P query states behind them; None where nothing is predicted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoStreamAttention(Mixer):
+    """Relative attention over the content stream, for both streams."""
+
+    num_heads: int
+    """Heads."""
+    head_dim: int | None = None
+    """Width of a head; None for embed_dim / num_heads."""
+    dropout: float = 0.0
+    """Dropout on the attention weights and on the encoded distances."""
+
+    def __post_init__(self) -> None:
+        check_rate("dropout", self.dropout)
+
+    def resolved_head_dim(self, dim: int) -> int:
+        """Width of a head in a model of width `dim`."""
+        if self.head_dim is None and dim % self.num_heads:
+            raise ValueError(
+                f"embed_dim={dim} is not divisible by num_heads={self.num_heads}; "
+                f"use {dim - dim % self.num_heads} or {dim + self.num_heads - dim % self.num_heads}, or set head_dim"
+            )
+        return self.head_dim or dim // self.num_heads
+
+    def build(self, dim: int, *, rngs: nnx.Rngs, depth: int = 1) -> "TwoStreamLayer":
+        return TwoStreamLayer(self, dim, rngs=rngs, depth=depth)
+
+    def context_flops(self, dim: int, sequence_length: int) -> int:
+        return self.score_flops(dim, sequence_length, 2 * sequence_length)
+
+    def score_flops(self, dim: int, num_keys: int, num_distances: int) -> int:
+        """Forward FLOPs of one query: scores by content and by distance, and the weighted sum of values."""
+        return 2 * self.num_heads * self.resolved_head_dim(dim) * (2 * num_keys + num_distances)
+
+
+class TwoStreamLayer(nnx.Module):
+    """See TwoStreamAttention."""
+
+    def __init__(self, config: TwoStreamAttention, dim: int, *, rngs: nnx.Rngs, depth: int = 1) -> None:
+        head_dim = config.resolved_head_dim(dim)
+        embed, heads = (("embed", dim),), (("heads", config.num_heads), ("head_dim", head_dim))
+
+        def vector(*leading: int) -> nnx.Param:
+            axes = ("segment_type",) * len(leading) + ("heads", "head_dim")
+            shape = (*leading, config.num_heads, head_dim)
+            return nnx.Param(0.02 * jax.random.normal(rngs.params(), shape), axes=axes)
+
+        self.config = config
+        self.scale = 1 / math.sqrt(head_dim)
+        self.query = Dense(embed, heads, bias=False, rngs=rngs)
+        self.key = Dense(embed, heads, bias=False, rngs=rngs)
+        self.value = Dense(embed, heads, bias=False, rngs=rngs)
+        self.distance = Dense(embed, heads, bias=False, rngs=rngs)
+        self.output = Dense(heads, embed, bias=False, rngs=rngs, gain=1 / math.sqrt(2 * depth))
+        self.content_bias, self.distance_bias, self.segment_bias = vector(), vector(), vector()
+        self.segments = vector(2)
+
+    def __call__(
+        self,
+        x_BXD: Float[Array, "B X D"],
+        context: TwoStreamContext,
+        key: jax.Array | None = None,
+        cache: Memory | None = None,
+    ) -> tuple[Float[Array, "B X D"], Memory | None]:
+        """Both streams after attention. Given a memory, it returns this segment's content states, to become one."""
+        key_distance, key_content, key_query = split_key(key, 3)
+        num_queries = 0 if context.query is None else context.query.num_queries
+        h_BSD = x_BXD[:, : x_BXD.shape[1] - num_queries]
+        seen_BTD = h_BSD
+        if cache is not None:
+            seen_BTD = jnp.concatenate([jax.lax.stop_gradient(cache.states).astype(h_BSD.dtype), h_BSD], axis=1)
+        q_BXNH = shard(self.query(x_BXD), "batch", "sequence", "heads", "head_dim")
+        k_BTNH = shard(self.key(seen_BTD), "batch", "sequence", "heads", "head_dim")
+        v_BTNH = shard(self.value(seen_BTD), "batch", "sequence", "heads", "head_dim")
+        r_GRNH = self.distance(dropout(context.distances_GRD.astype(x_BXD.dtype), self.config.dropout, key_distance))
+        num_content = h_BSD.shape[1]
+        o_BXNH = self.attend(q_BXNH[:, :num_content], k_BTNH, v_BTNH, r_GRNH, context.content, key_content)
+        if context.query is not None:
+            g_BPNH = self.attend(q_BXNH[:, num_content:], k_BTNH, v_BTNH, r_GRNH, context.query, key_query)
+            o_BXNH = jnp.concatenate([o_BXNH, g_BPNH], axis=1)
+        y_BXD = self.output(shard(o_BXNH, "batch", "sequence", "heads", "head_dim"))
+        return y_BXD, None if cache is None else Memory(states=h_BSD)
+
+    def attend(
+        self,
+        q_BQNH: Float[Array, "B Q N H"],
+        k_BTNH: Float[Array, "B T N H"],
+        v_BTNH: Float[Array, "B T N H"],
+        r_GRNH: Float[Array, "G R N H"],
+        stream: Stream,
+        key: jax.Array | None,
+    ) -> Float[Array, "B Q N H"]:
+        """One stream's attention, heads not yet joined."""
+        q_BQNH = q_BQNH * jnp.asarray(self.scale, q_BQNH.dtype)  # smaller than the scores that it scales
+        scores_BNQT = jnp.einsum(
+            "BQNH,BTNH->BNQT", q_BQNH + self._scaled(self.content_bias), k_BTNH, preferred_element_type=jnp.float32
+        )
+        scores_BNQT += self._by_distance(q_BQNH + self._scaled(self.distance_bias), r_GRNH, stream, k_BTNH.shape[1])
+        if stream.other_BQT is not None:
+            by_segment_BNQ2 = jnp.einsum(
+                "BQNH,CNH->BNQC", q_BQNH + self._scaled(self.segment_bias), self.segments[...].astype(q_BQNH.dtype)
+            )
+            same, other = by_segment_BNQ2[..., :1], by_segment_BNQ2[..., 1:]
+            scores_BNQT += jnp.where(stream.other_BQT[:, None], other, same).astype(jnp.float32)
+        if stream.allowed_BQT is not None:
+            scores_BNQT = jnp.where(stream.allowed_BQT[:, None], scores_BNQT, _FORBIDDEN)
+        weights_BNQT = dropout(jax.nn.softmax(scores_BNQT, axis=-1), self.config.dropout, key).astype(v_BTNH.dtype)
+        return jnp.einsum("BNQT,BTNH->BQNH", weights_BNQT, v_BTNH)
+
+    def _scaled(self, bias: Any) -> Float[Array, "N H"]:
+        return bias[...] * self.scale
+
+    def _by_distance(
+        self, q_BQNH: Float[Array, "B Q N H"], r_GRNH: Float[Array, "G R N H"], stream: Stream, num_keys: int
+    ) -> Float[Array, "B N Q T"]:
+        """q_i . r(i - j), from the products with all distances."""
+        groups = r_GRNH.shape[0]
+        q_GCQNH = q_BQNH.reshape(groups, -1, *q_BQNH.shape[1:])
+        products = jnp.einsum("GCQNH,GRNH->GCNQR", q_GCQNH, r_GRNH, preferred_element_type=jnp.float32)
+        products_BNQR = products.reshape(-1, *products.shape[2:])
+        if stream.first_BQ is None:
+            return sheared(products_BNQR, num_keys)
+        return cut(products_BNQR, stream.first_BQ, num_keys)
+
+
+def sheared(x_BNSR: Float[Array, "B N S R"], width: int) -> Float[Array, "B N S T"]:
+    """Entries S - i, S - i + 1, ... of row i, without a gather: in memory each row begins one place further left.
+
+    Read as rows of R - 1 after the first S entries are dropped, entry j of row i is entry S + i (R - 1) + j of all,
+    that is S - i + j of row i. Rows that end before `width` run into the next: their keys are in the future.
+    """
+    *batch, length, num = x_BNSR.shape
+    return x_BNSR.reshape(*batch, num, length)[..., 1:, :].reshape(*batch, length, num - 1)[..., :width]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def cut(x_BNQR: Float[Array, "B N Q R"], first_BQ: Int[Array, "B Q"], width: int) -> Float[Array, "B N Q T"]:
+    """Entries first, first + 1, ..., first + width - 1 of every row. Its gradient is a gather too, not a scatter."""
+    return _cut(x_BNQR, first_BQ, width)[0]
+
+
+def _cut(x_BNQR: jax.Array, first_BQ: jax.Array, width: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    entries = first_BQ[:, None, :, None] + jnp.arange(width)
+    y_BNQT = jnp.take_along_axis(x_BNQR, entries, axis=-1, mode="clip")
+    return y_BNQT, (first_BQ, jnp.zeros((0, x_BNQR.shape[-1]), x_BNQR.dtype))
+
+
+def _uncut(width: int, residuals: tuple[jax.Array, jax.Array], dy_BNQT: jax.Array) -> tuple[jax.Array, None]:
+    first_BQ, like = residuals
+    entries = jnp.arange(like.shape[1]) - first_BQ[:, None, :, None]
+    taken = jnp.take_along_axis(dy_BNQT, entries, axis=-1, mode="clip")
+    return jnp.where((entries >= 0) & (entries < width), taken, 0), None
+
+
+cut.defvjp(_cut, _uncut)
+
+
+def encoded_distances(
+    num_keys: int, num_queries: int, dim: int, *, clamp: int | None = None, backwards: bool = False
+) -> Float[np.ndarray, "R D"]:
+    """Sinusoids of the distances num_keys, num_keys - 1, ... to 1 - num_queries (Vaswani et al. 2017, sines first).
+
+    Args:
+        num_keys: largest distance.
+        num_queries: positions of the segment; 0 where no query looks ahead.
+        dim: width.
+        clamp: distances beyond it, either way, count as it.
+        backwards: signs turned round, for text read from its end.
+    """
+    distances = np.arange(num_keys, -max(num_queries, 1), -1, dtype=np.float32)
+    if clamp is not None:
+        distances = np.clip(distances, -clamp, clamp)
+    frequencies = 1 / np.power(np.float32(10000), np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim))
+    angles = (-distances if backwards else distances)[:, None] * frequencies
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=-1).astype(np.float32)
