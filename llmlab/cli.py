@@ -27,6 +27,11 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "plot": ("llmlab.commands.plot", "write the loss curves of runs to a PNG file"),
         "generate": ("llmlab.commands.generate", "continue a prompt with a trained model"),
     },
+    "Models": {
+        "models": ("llmlab.commands.models", "list the architecture families, their sizes and what they are for"),
+        "info": ("llmlab.commands.info", "print a model's layer table: shapes, parameters, axes, FLOPs"),
+        "convert": ("llmlab.commands.convert", "convert between runs and Hugging Face directories, either way"),
+    },
     "Tools": {
         "tokenizer": ("llmlab.commands.tokenizer", "train a tokenizer, encode and decode with it, look inside it"),
     },
@@ -96,7 +101,7 @@ def _unknown(name: str, commands: list[str]) -> str:
         return f"there is no option {name} before a command; llmlab --help lists the commands"
     if name.endswith(".py"):
         return f"{name} is no command; did you mean llmlab train {name}?"
-    near = difflib.get_close_matches(name, commands, n=2, cutoff=0.5)
+    near = difflib.get_close_matches(name, commands, n=2, cutoff=0.6)
     way_out = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(commands)}"
     return f"there is no command {name!r}; {way_out}"
 

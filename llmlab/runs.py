@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmlab.config import config_hash, difference, save, to_json
+from llmlab.config import load as load_saved
 from llmlab.experiment import Experiment, read_experiment
 from llmlab.training.directory import RunDirectory, write_json
 from llmlab.training.faults import Interrupted, Interruption, NonFiniteError
@@ -25,6 +26,7 @@ from llmlab.training.provenance import Provenance, Status
 from llmlab.training.report import NullReport, Report
 
 if TYPE_CHECKING:
+    from llmlab.models.config import ModelConfig
     from llmlab.models.decoder import DecoderModel
     from llmlab.nn.module import Params
     from llmlab.tokenizers import Tokenizer
@@ -74,7 +76,8 @@ class Run:
 
 
 def load(path: str | Path, *, ema: bool = False) -> "DecoderModel":
-    """The model of a run, of one checkpoint of a run (runs/mine/checkpoints/500), or of a Hugging Face directory.
+    """The model of a run, of one checkpoint of a run (runs/mine/checkpoints/500), of a Hugging Face directory, or of
+    what `llmlab convert` made of one.
 
     Args:
         path: the directory.
@@ -87,19 +90,58 @@ def load(path: str | Path, *, ema: bool = False) -> "DecoderModel":
     path = Path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"there is no directory {path}; give a run, a checkpoint or a Hugging Face directory")
-    if path.name.isdigit() and path.parent.name == "checkpoints":
-        return _load_run(path.parent.parent, step=int(path.name), ema=ema)
-    config = path / "config.json"
-    if not config.exists():
+    directory, step = locate(path)
+    if is_hugging_face(directory):
+        from llmlab.models.huggingface import load_hf
+
+        return load_hf(directory)
+    return _load_run(directory, step=step, ema=ema)
+
+
+def locate(path: str | Path) -> tuple[Path, int | None]:
+    """The directory with the config.json, and the step where the path names one checkpoint of a run.
+
+    Raises:
+        FileNotFoundError: there is nothing, or nothing that holds a model.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"there is no directory {path}; give a run, a checkpoint or a Hugging Face directory")
+    if path.name.isdigit() and path.absolute().parent.name == "checkpoints":
+        return path.absolute().parent.parent, int(path.name)
+    if not (path / "config.json").exists():
         raise FileNotFoundError(
             f"{path} has no config.json, so it is neither a run nor a Hugging Face directory "
             f"(it holds {', '.join(sorted(entry.name for entry in path.iterdir())[:8]) or 'nothing'})"
         )
-    if "model_type" in _json_object(config):
-        from llmlab.models.huggingface import load_hf
+    return path, None
 
-        return load_hf(path)
-    return _load_run(path, step=None, ema=ema)
+
+def is_hugging_face(directory: Path) -> bool:
+    """Whether a directory's config.json is Hugging Face's."""
+    return "model_type" in _json_object(directory / "config.json")
+
+
+def load_config(path: str | Path) -> "ModelConfig":
+    """Config of the model that `load` would open, its vocabulary settled; reads no weights. Errors as for `load`."""
+    directory, _ = locate(path)
+    if is_hugging_face(directory):
+        from llmlab.models.huggingface import load_hf_config
+
+        return load_hf_config(directory)
+    return _run_config(directory)
+
+
+def _run_config(directory: Path) -> "ModelConfig":
+    """The model of a run's experiment, or of a converted model, whose config.json is the model's alone."""
+    from llmlab.models.config import ModelConfig
+    from llmlab.tokenizers import load_tokenizer
+
+    alone = str(_json_object(directory / "config.json").get("class", "")).startswith("llmlab.models.")
+    model = load_saved(directory, ModelConfig) if alone else read_experiment(directory).model
+    if model.vocab_size is None:
+        model = model.with_vocabulary(load_tokenizer(directory).vocab_size)
+    return model
 
 
 def _json_object(path: Path) -> dict[str, Any]:
@@ -116,13 +158,9 @@ def _load_run(directory: Path, *, step: int | None, ema: bool) -> "DecoderModel"
     import jax
 
     from llmlab.nn.module import merge
-    from llmlab.tokenizers import load_tokenizer
     from llmlab.training.checkpoint import restore_params
 
-    model = read_experiment(directory).model
-    if model.vocab_size is None:
-        model = model.with_vocabulary(load_tokenizer(directory).vocab_size)
-    graphdef, shapes, _ = model.abstract()
+    graphdef, shapes, _ = _run_config(directory).abstract()
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
     return merge(graphdef, restore_params(RunDirectory(directory).checkpoints, shapes, step=step, ema=ema))

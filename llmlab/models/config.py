@@ -91,6 +91,15 @@ class ModelConfig(abc.ABC):
             training: whether the backward pass counts too.
         """
 
+    def batch_shapes(self, batch_size: int, length: int) -> Shapes:
+        """Shapes of a plain batch, for sizes and costs: what the model is called with at least.
+
+        Args:
+            batch_size: rows.
+            length: tokens of a row, where the model has tokens.
+        """
+        return {"input_ids": (batch_size, length)}
+
     def num_tokens(self, shapes: Shapes) -> int:
         """Positions of a batch that the model processes, which is what tokens/s counts."""
         return math.prod(shapes["input_ids"])

@@ -263,12 +263,21 @@ def block_of(model: Layered, family: str) -> Block:
     return layers[0]
 
 
+class Inexpressible(ValueError):
+    """A family is made of the model's parts, but some of their values have no place in its config."""
+
+    def __init__(self, message: str, differences: list[tuple[str, Any, Any]]) -> None:
+        super().__init__(message)
+        self.differences = differences
+        """Dotted path, the model's value and the family's."""
+
+
 def check_same(model: ModelConfig, expressed: ModelConfig, family: str) -> None:
-    """Raise ValueError, with all differences, unless a family's config expresses everything the model computes."""
+    """Raise Inexpressible, with all differences, unless a family's config expresses all that the model computes."""
     found = differences(_canonical(model), _canonical(expressed))
     if found:
         listed = "\n  ".join(f"{path}: {ours!r}, in {family} {theirs!r}" for path, ours, theirs in found)
-        raise ValueError(f"a {family} config cannot express this model:\n  {listed}")
+        raise Inexpressible(f"a {family} config cannot express this model:\n  {listed}", found)
 
 
 def differences(first: Any, second: Any, path: str = "") -> list[tuple[str, Any, Any]]:

@@ -5,6 +5,7 @@ llmlab would compute differently: unknown attributes, tensors missing, left over
 the whole list. Saving writes float32, so that reading it back gives the same bits.
 """
 
+import math
 import os
 import shutil
 import tempfile
@@ -16,6 +17,7 @@ import jax
 from llmlab.models import catalog
 from llmlab.models.config import ModelConfig
 from llmlab.models.family import HuggingFace
+from llmlab.models.hf_config import Inexpressible
 from llmlab.models.safetensors_io import INDEX, SINGLE, Checkpoint, read_json, write_checkpoint, write_json
 from llmlab.models.weights import dump, load, tensor_shapes, unflatten
 from llmlab.nn.module import merge, split
@@ -51,7 +53,19 @@ def load_hf(directory: str | os.PathLike[str]) -> Any:
     return merge(graphdef, unflatten(leaves))
 
 
-def save_hf(model: Any, directory: str | os.PathLike[str], *, max_shard_bytes: int = 5 * 10**9) -> Path:
+def load_hf_config(directory: str | os.PathLike[str]) -> ModelConfig:
+    """The model config of a Hugging Face directory; no weights are read. Errors as for `load_hf`."""
+    family, config = _read_config(Path(directory))
+    return family.from_hf(config)
+
+
+def save_hf(
+    model: Any,
+    directory: str | os.PathLike[str],
+    *,
+    model_type: str | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+) -> Path:
     """Write a model as a Hugging Face directory that `transformers` and `load_hf` open; returns the directory.
 
     Everything is written beside its place first and moved there at the end, config.json last: a directory with a
@@ -60,15 +74,18 @@ def save_hf(model: Any, directory: str | os.PathLike[str], *, max_shard_bytes: i
     Args:
         model: of a family that Hugging Face has.
         directory: created if it is not there.
+        model_type: the family to write it as, where several have the model ("mistral" has all that "llama" has with
+            no biases); None for the first that does.
         max_shard_bytes: weights beyond this size are written as several files with an index.
 
     Raises:
-        ValueError: no family expresses the model (all differences are listed), or the directory has a model.
+        ValueError: no family expresses the model (what the nearest one lacks is listed), or not the one that was asked
+            for; or the directory has a model.
     """
     root = Path(directory)
     if (root / CONFIG).exists():
         raise ValueError(f"{root} already holds a model ({CONFIG}); choose another directory, or remove it first")
-    family, config = _express(model.config)
+    family, config = _express(model.config, model_type)
     params = split(model)[1]
     root.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=root))
@@ -98,15 +115,35 @@ def _read_config(root: Path) -> tuple[HuggingFace, dict[str, Any]]:
     return FAMILIES[model_type], config
 
 
-def _express(model: ModelConfig) -> tuple[HuggingFace, dict[str, Any]]:
+def _express(model: ModelConfig, model_type: str | None) -> tuple[HuggingFace, dict[str, Any]]:
     """The family that has this model, and its config."""
-    reasons: list[str] = []
-    for family in FAMILIES.values():
-        if not isinstance(model, family.config):
-            continue
-        try:
-            return family, family.to_hf(model)
-        except ValueError as error:
-            reasons.append(str(error))
-    reasons = reasons or [f"none is made of a {type(model).__name__}"]
-    raise ValueError("no Hugging Face family computes what this model does\n" + "\n".join(reasons))
+    if model_type is not None and model_type not in FAMILIES:
+        raise ValueError(f"there is no family with model_type {model_type!r}; implemented are {', '.join(FAMILIES)}")
+    asked = [family for name, family in FAMILIES.items() if model_type in (None, name)]
+    refusals: dict[str, ValueError] = {}
+    for family in asked:
+        if isinstance(model, family.config):
+            try:
+                return family, family.to_hf(model)
+            except ValueError as error:
+                refusals[family.model_type] = error
+    if not refusals:
+        made_of = sorted({family.config.__name__ for family in asked})
+        raise ValueError(f"{_headline(model_type)}: it is a {type(model).__name__}, not a {' or '.join(made_of)}")
+    # A family of other parts than the model's is further away than any that differs in values.
+    nearest = min(refusals, key=lambda name: _distance(refusals[name]))
+    message = f"{_headline(model_type)}\n{refusals[nearest]}"
+    others = [name for name in refusals if name != nearest]
+    if others:
+        message += f"\nThat is the nearest; save_hf(..., model_type=...) tells of another: {', '.join(others)}"
+    raise ValueError(message)
+
+
+def _distance(refusal: ValueError) -> float:
+    return len(refusal.differences) if isinstance(refusal, Inexpressible) else math.inf
+
+
+def _headline(model_type: str | None) -> str:
+    if model_type is None:
+        return "no Hugging Face family computes what this model does"
+    return f"the Hugging Face family {model_type} does not compute what this model does"

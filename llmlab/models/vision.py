@@ -202,6 +202,9 @@ class VisionTransformer(ModelConfig):
     def build(self, rngs: nnx.Rngs) -> "VisionModel":
         return VisionModel(self, rngs=rngs)
 
+    def batch_shapes(self, batch_size: int, length: int) -> Shapes:
+        return {"pixel_values": (batch_size, self.image_size, self.image_size, self.channels)}
+
     def num_tokens(self, shapes: Shapes) -> int:
         return math.prod(shapes["pixel_values"][:-3]) * self.length
 

@@ -300,6 +300,17 @@ def restore_params(checkpoints: Path, abstract: Params, *, step: int | None = No
         return checkpointer.restore(item, abstract)
 
 
+def save_params(checkpoints: Path, params: Params, *, step: int) -> Path:
+    """Write parameters alone as the checkpoint of a step, which must not exist; returns its directory."""
+    import orbax.checkpoint as ocp
+
+    path = (checkpoints / str(step)).absolute()
+    with contextlib.closing(ocp.StandardCheckpointer()) as checkpointer:
+        checkpointer.save(path / "params", params)
+    write_json(path / DIGESTS, {"files": digests(path)})
+    return path
+
+
 def _validation_loss(path: Path) -> float | None:
     try:
         return json.loads((path / "meta" / "metadata").read_bytes()).get("validation/loss")

@@ -297,3 +297,23 @@ def test_a_tied_model_has_no_head_of_its_own():
 def test_epsilons_are_read_from_the_config():
     norm = load_hf(FIXTURES / "gpt2-untied").config.final_norm
     assert norm == LayerNorm(epsilon=1e-3)
+
+
+def test_the_nearest_familys_differences_are_shown_and_the_others_named(tmp_path):
+    config = llama.llama(embed_dim=8, num_layers=2, num_heads=2, hidden_dim=8, vocab_size=11)
+    model = dataclasses.replace(config, embedding_scale=2.0).build(nnx.Rngs(params=0))
+    with pytest.raises(ValueError, match="a llama config cannot express this model") as error:
+        save_hf(model, tmp_path / "out")
+    assert "embedding_scale: 2.0, in llama 1.0" in str(error.value)
+    assert "tells of another: gpt2" in str(error.value)
+    assert "gpt2 is made of" not in str(error.value)
+
+
+def test_a_family_that_is_asked_for_is_the_only_one_tried(tmp_path):
+    model = llama.llama(embed_dim=8, num_layers=1, num_heads=2, hidden_dim=8, vocab_size=11).build(nnx.Rngs(params=0))
+    with pytest.raises(ValueError, match=r"the Hugging Face family gpt2 does not compute.*\ngpt2 is made of"):
+        save_hf(model, tmp_path / "out", model_type="gpt2")
+    with pytest.raises(ValueError, match=r"no family with model_type 'gpt3'; implemented are .*gpt2"):
+        save_hf(model, tmp_path / "out", model_type="gpt3")
+    save_hf(model, tmp_path / "out", model_type="llama")
+    assert_same_weights(load_hf(tmp_path / "out"), model)
