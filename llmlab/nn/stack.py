@@ -41,6 +41,8 @@ _POLICIES: dict[Remat, Callable[..., Any] | None] = {
 
 # Compile time grows with an unrolled program; beyond this many layers scan wins on every platform.
 _UNROLL_LIMIT = 16
+# fold_in constant that separates the key of LayerDrop from those that the layer splits off for its dropout.
+LAYER_DROP_KEY = 0x1A7E2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +117,7 @@ class Stack(nnx.Module):
             x_BSD, looped = jax.lax.scan(lambda x, xs: step(x, xs[0], xs[1]), x_BSD, (stacked, numbers))
             reports += looped
         else:
-            layers = _unstack(stacked, repeats)
+            layers = unstack(stacked, repeats)
             for number in range(repeats):
                 if caches is None:
                     x_BSD, written_out = self._remat(repeat)(x_BSD, layers[number], number)
@@ -146,8 +148,7 @@ class Stack(nnx.Module):
         key = None if key is None else jax.random.fold_in(key, index)
         y_BSD, cache, auxiliary = layer(x_BSD, context, key, cache)
         if key is not None and self.execution.layer_drop > 0.0:
-            # A key of its own: the layer has split `key` for its dropout.
-            drop = jax.random.bernoulli(jax.random.fold_in(key, 0x1A7E2), self.execution.layer_drop)
+            drop = jax.random.bernoulli(jax.random.fold_in(key, LAYER_DROP_KEY), self.execution.layer_drop)
             y_BSD = jnp.where(drop, x_BSD, y_BSD)
         return shard(y_BSD, "batch", "sequence", "embed"), cache, auxiliary
 
@@ -180,7 +181,7 @@ def _stacked(block: Block, repeats: int, depth: int, dim: int, rngs: nnx.Rngs) -
     return nnx.merge(graphdef, stack_axes(state))
 
 
-def _unstack(tree: Any, num: int) -> list[Any]:
+def unstack(tree: Any, num: int) -> list[Any]:
     """The `num` slices of a tree of stacked arrays; slicing each array on its own would make every gradient a sum of
     `num` zero-padded arrays, where one stack does."""
     leaves, treedef = jax.tree.flatten(tree)
