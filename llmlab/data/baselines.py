@@ -15,13 +15,13 @@ Counting costs a sort of the token pairs: about a second per 10 million tokens, 
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from llmlab.data.dataset import TrainSplit, ValidationSplit
+from llmlab.data.dataset import Batch, TrainSplit, ValidationSplit
 from llmlab.data.packing import IGNORE, Corpus, Layout, Rows
 
 _CHUNK = 1 << 22  # tokens counted at a time
@@ -44,10 +44,10 @@ class BigramModel:
     """c(v, w)."""
 
     @classmethod
-    def fit(cls, corpora: Sequence[Corpus], vocab_size: int, *, isolate: bool) -> "BigramModel":
-        """Counts every scored token of the corpora and the token before it."""
+    def fit(cls, chunks: Iterable[Int64[np.ndarray, " _"]], vocab_size: int) -> "BigramModel":
+        """Counts pairs of a token and the token after it, given as before * vocab_size + token."""
         pairs, counts = np.zeros(0, np.int64), np.zeros(0, np.int64)
-        for chunk in _pairs(corpora, vocab_size, isolate):
+        for chunk in chunks:
             pairs, counts = _merge(pairs, counts, *np.unique(chunk, return_counts=True))
         first, second = np.divmod(pairs, vocab_size)
         unigram = smoothed(_sum(second, counts, vocab_size))
@@ -76,31 +76,45 @@ def next_token(
 
     In a mixture, the models are fitted on all training documents as they are, whatever the weights.
     """
-    model = BigramModel.fit(train, vocab_size, isolate=isolate)
-    return _score(model, _pairs(validation, vocab_size, isolate))
+    model = BigramModel.fit(pairs_of(train, vocab_size, isolate), vocab_size)
+    return _score(model, pairs_of(validation, vocab_size, isolate))
 
 
-def next_token_in_rows(
-    train: Sequence[Corpus], validation: ValidationSplit, vocab_size: int, *, isolate: bool
-) -> dict[str, float]:
-    """The same where only some of the text is predicted: the tokens that the validation rows score."""
-    model = BigramModel.fit(train, vocab_size, isolate=isolate)
-    return _score(model, _pairs_of(validation, "input_ids", vocab_size))
+def sequences(train: TrainSplit, validation: ValidationSplit, vocab_size: int, previous: str) -> dict[str, float]:
+    """The losses of both models where the rows' labels are predicted one after the other.
+
+    `previous` names the array that holds, at the place of each label, the target before it. The models are fitted on
+    the labels of an epoch of training rows, or of their first million.
+    """
+
+    def pairs(batch: Batch) -> Int64[np.ndarray, " pairs"]:
+        scored = batch["labels"] != IGNORE
+        return batch[previous][scored].astype(np.int64) * vocab_size + batch["labels"][scored]
+
+    model = BigramModel.fit(map(pairs, _epoch(train, "labels")), vocab_size)
+    return _score(model, map(pairs, _all(validation)))
 
 
 def targets(train: TrainSplit, validation: ValidationSplit, vocab_size: int, labels: str = "labels") -> float:
     """The unigram's loss on the rows' targets, counted over an epoch of training rows or their first million."""
-    counts = np.zeros(vocab_size, np.int64)
-    step = 0
-    while min(train.epochs(step)) < 1 and counts.sum() < _TARGETS:
-        batch = train.batch(step)[labels]
-        counts += np.bincount(batch[batch != IGNORE], minlength=vocab_size)
-        step += 1
-    scored = np.zeros(vocab_size, np.int64)
-    for step in range(validation.num_batches):
-        batch = validation.batch(step)[labels]
-        scored += np.bincount(batch[batch != IGNORE], minlength=vocab_size)
+    counts, scored = np.zeros(vocab_size, np.int64), np.zeros(vocab_size, np.int64)
+    for totals, batches in ((counts, _epoch(train, labels)), (scored, _all(validation))):
+        for batch in batches:
+            totals += np.bincount(batch[labels][batch[labels] != IGNORE], minlength=vocab_size)
     return -float(np.log(smoothed(counts)) @ scored) / int(scored.sum()) if scored.any() else math.nan
+
+
+def _epoch(train: TrainSplit, labels: str) -> Iterator[Batch]:
+    step = counted = 0
+    while min(train.epochs(step)) < 1 and counted < _TARGETS:
+        batch = train.batch(step)
+        counted += np.count_nonzero(batch[labels] != IGNORE)
+        step += 1
+        yield batch
+
+
+def _all(validation: ValidationSplit) -> Iterator[Batch]:
+    return map(validation.batch, range(validation.num_batches))
 
 
 def smoothed(occurrences: Int64[np.ndarray, " kinds"]) -> Float64[np.ndarray, " kinds"]:
@@ -109,7 +123,7 @@ def smoothed(occurrences: Int64[np.ndarray, " kinds"]) -> Float64[np.ndarray, " 
     return (occurrences + seen / possible) / (occurrences.sum() + seen) if seen else np.full(possible, 1 / possible)
 
 
-def _score(model: BigramModel, chunks: Iterator[Int64[np.ndarray, " pairs"]]) -> dict[str, float]:
+def _score(model: BigramModel, chunks: Iterable[Int64[np.ndarray, " _"]]) -> dict[str, float]:
     unigram, bigram, total = 0.0, 0.0, 0
     for chunk in chunks:
         pairs, counts = np.unique(chunk, return_counts=True)
@@ -120,15 +134,7 @@ def _score(model: BigramModel, chunks: Iterator[Int64[np.ndarray, " pairs"]]) ->
     return {"unigram": unigram / total if total else math.nan, "bigram": bigram / total if total else math.nan}
 
 
-def _pairs_of(split: ValidationSplit, inputs: str, vocab_size: int) -> Iterator[Int64[np.ndarray, " pairs"]]:
-    """Every scored token of the validation rows with the input at its place."""
-    for step in range(split.num_batches):
-        batch = split.batch(step)
-        scored = batch["labels"] != IGNORE
-        yield batch[inputs][scored].astype(np.int64) * vocab_size + batch["labels"][scored]
-
-
-def _pairs(corpora: Sequence[Corpus], vocab_size: int, isolate: bool) -> Iterator[Int64[np.ndarray, " pairs"]]:
+def pairs_of(corpora: Sequence[Corpus], vocab_size: int, isolate: bool) -> Iterator[Int64[np.ndarray, " _"]]:
     """Every scored token with the one before it, as before * vocab_size + token: the rows' own inputs and labels."""
     for corpus in corpora:
         length = min(_CHUNK, max(corpus.num_tokens, 1))

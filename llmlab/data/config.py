@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llmlab.data.corruption import Corruption
 from llmlab.data.mixing import check_weights
 from llmlab.data.sources import Report, Source
 from llmlab.data.splitting import text_hash, validation_below
@@ -15,6 +16,7 @@ from llmlab.data.splitting import text_hash, validation_below
 if TYPE_CHECKING:
     from llmlab.data.dataset import Dataset
     from llmlab.tokenizers.base import Tokenizer
+    from llmlab.tokenizers.special import SpecialTokens
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,18 @@ class Weighted:
 @dataclass(frozen=True, kw_only=True)
 class Data(abc.ABC):
     """What a run is trained on, and how that becomes batches."""
+
+    @property
+    @abc.abstractmethod
+    def task(self) -> str:
+        """What the batches are for; objectives name the tasks they can be trained on."""
+
+    def problems(self, special: "SpecialTokens | None", sequence_length: int | None) -> list[str]:
+        """Why there can be no batches of this length with a tokenizer of these special tokens (None: not known yet).
+
+        What can be told without reading anything; empty where nothing is wrong.
+        """
+        return []
 
     @abc.abstractmethod
     def training_texts(self) -> Iterator[str]:
@@ -83,6 +97,22 @@ class PackedText(Data):
     validation_fraction: float = 0.03
     """Part of the documents set aside for validation, chosen by their content; not used where a source brings its own
     validation documents."""
+    corruption: Corruption | None = None
+    """What is done to the rows; None to predict the next token."""
+
+    @property
+    def task(self) -> str:
+        return "next tokens" if self.corruption is None else self.corruption.task
+
+    def problems(self, special: "SpecialTokens | None", sequence_length: int | None) -> list[str]:
+        if sequence_length is None:
+            return ["rows of text need a length: set train.sequence_length"]
+        if self.corruption is None:
+            return []
+        found = [] if special is None else self.corruption.problems(special, sequence_length)
+        if self.corruption.compares and not self.isolate:
+            found.append(f"{type(self.corruption).__name__} puts different documents together: set data.isolate=True")
+        return found
 
     def __post_init__(self) -> None:
         check_fraction(self.validation_fraction)
@@ -107,7 +137,9 @@ class PackedText(Data):
             [part.source.fingerprint(), part.weight, part.validation.fingerprint() if part.validation else None]
             for part in self.weighted()
         ]
-        choices = [self.isolate, self.bos, self.validation_fraction]
+        choices: list[object] = [self.isolate, self.bos, self.validation_fraction]
+        if self.corruption is not None:
+            choices.append(repr(self.corruption))
         return hashlib.sha256(json.dumps([parts, choices]).encode()).hexdigest()
 
     def build(
@@ -122,10 +154,13 @@ class PackedText(Data):
     ) -> "Dataset":
         from llmlab.data.building import build
 
+        if found := self.problems(tokenizer.special, sequence_length):
+            raise ValueError("; ".join(found))
+        assert sequence_length is not None
         return build(
             self,
             tokenizer,
-            sequence_length=check_length(sequence_length),
+            sequence_length=sequence_length,
             batch_size=batch_size,
             seed=seed,
             cache_dir=cache_dir,
@@ -140,13 +175,6 @@ def check_fraction(fraction: float) -> None:
             f"validation_fraction={fraction} must be between 0 and 1, both excluded; to train on all of a source, give "
             "it validation documents of their own: validation=TextFiles(...)"
         )
-
-
-def check_length(sequence_length: int | None) -> int:
-    """The length. Raises a ValueError where it is None."""
-    if sequence_length is None:
-        raise ValueError("rows of text need a length: set train.sequence_length")
-    return sequence_length
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from hypothesis import settings
 
 from llmlab.data.packing import Corpus
 from llmlab.tokenizers.base import Tokenizer
+from llmlab.tokenizers.special import SpecialTokens
 
 # A machine that is busy, or a disk that is slow to flush, is no failure.
 settings.register_profile("any speed", deadline=None)
@@ -21,7 +22,8 @@ class ByteTokenizer:
     """One token a byte; ids 256-258 are bos, eos and pad, where there are any. Counts the texts it has encoded."""
 
     vocab_size = 259
-    pad_id = PAD
+    special = SpecialTokens()
+    pad_id, cls_id, sep_id = PAD, None, None
 
     def __init__(self, *, bos: int | None = BOS, eos: int | None = EOS) -> None:
         self.bos_id, self.eos_id = bos, eos

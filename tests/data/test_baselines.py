@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmlab.data.baselines import BigramModel, next_token, next_token_in_rows, targets
+from llmlab.data.baselines import BigramModel, next_token, pairs_of, sequences, targets
 from llmlab.data.dataset import Batch, Concatenated, Shuffled, Table, TrainSplit, ValidationSplit
 from llmlab.data.packing import Corpus, Layout, Rows
 
@@ -75,8 +75,6 @@ def test_losses_are_those_of_the_formulas_applied_one_token_at_a_time(
         return
     expected = losses_by_hand(pairs_by_hand(train, isolate), scored)
     assert found == pytest.approx(expected, rel=1e-12)  # float64 sums in another order
-    in_rows = next_token_in_rows(corpora, validation_of(held_out, isolate), VOCAB, isolate=isolate)
-    assert in_rows == pytest.approx(expected, rel=1e-12)
 
 
 @given(validation=some_documents, isolate=st.booleans())
@@ -84,7 +82,7 @@ def test_the_tokens_scored_are_those_of_the_validation_batches(
     validation: list[list[int]], isolate: bool, corpus_of: CorpusOf
 ) -> None:
     train, held_out = [corpus_of([[0, 1, 2, 3, 1, 1, 0]])], [corpus_of(validation)]
-    model = BigramModel.fit(train, VOCAB, isolate=isolate)
+    model = BigramModel.fit(pairs_of(train, VOCAB, isolate), VOCAB)
     total, count, split = np.zeros(2), 0, validation_of(held_out, isolate)
     for step in range(split.num_batches):
         batch = split.batch(step)
@@ -106,16 +104,21 @@ def test_a_language_that_the_bigram_knows_costs_it_almost_nothing(corpus_of: Cor
 
 
 class Labels(Table):
-    """Rows of two targets each, some of them not counted."""
+    """Rows of two targets each, some of them not counted, and of what comes before each."""
 
     def __init__(self, labels: list[list[int]]) -> None:
         self.labels = np.array([*labels, [-100, -100]], np.int32)
+        self.previous = np.arange(self.labels.size, dtype=np.int32).reshape(-1, 2) % 3
 
     def __len__(self) -> int:
         return len(self.labels) - 1
 
     def read(self, numbers: np.ndarray) -> Batch:
-        return {"labels": self.labels[numbers]}
+        return {"labels": self.labels[numbers], "previous": self.previous[numbers]}
+
+    def pairs(self) -> list[tuple[int, int]]:
+        flat = zip(self.previous.reshape(-1).tolist(), self.labels.reshape(-1).tolist(), strict=True)
+        return [pair for pair in flat if pair[1] != -100]
 
 
 some_labels = st.lists(st.lists(st.sampled_from([-100, 0, 1, 2, 3]), min_size=2, max_size=2), min_size=1, max_size=9)
@@ -138,3 +141,20 @@ def test_the_unigram_of_targets_is_fitted_on_a_training_epoch_and_scores_the_val
     else:
         p = [(counts[w] + kinds / VOCAB) / (total + kinds) if kinds else 1 / VOCAB for w in scored]
         assert found == pytest.approx(-np.mean(np.log(p)), rel=1e-12)
+
+
+@given(train=some_labels, validation=some_labels)
+def test_the_bigram_of_targets_looks_at_the_array_that_holds_the_target_before(
+    train: list[list[int]], validation: list[list[int]]
+) -> None:
+    tables = Labels(train), Labels(validation)
+    found = sequences(
+        TrainSplit(Shuffled(tables[0], seed=3), batch_size=1),
+        ValidationSplit(tables[1], batch_size=2),
+        VOCAB,
+        "previous",
+    )
+    if tables[1].pairs():
+        assert found == pytest.approx(losses_by_hand(tables[0].pairs(), tables[1].pairs()), rel=1e-12)
+    else:
+        assert math.isnan(found["bigram"])
