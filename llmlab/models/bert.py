@@ -261,8 +261,8 @@ LM_ROWS: tuple[Row, ...] = (
 )
 """Rows of the pretraining heads."""
 
-LABEL_ROWS: tuple[Row, ...] = (*linear("classifier", "head.classifier"), *linear("qa_outputs", "head.spans"))
-"""Rows of the heads over labels and spans."""
+LABEL_ROWS: tuple[Row, ...] = (*linear("classifier", "head.tagger"), *linear("qa_outputs", "head.spans"))
+"""Rows of the heads over the labels of tokens and over spans, which most relatives name alike."""
 
 WEIGHTS = WeightTable(
     prefix="bert.",
@@ -278,7 +278,7 @@ WEIGHTS = WeightTable(
         *(f"{name}.{kind}" for name in ("bert.pooler.dense", "cls.seq_relationship") for kind in ("weight", "bias")),
     ),
     synonyms={"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"},
-    rows=(*body_rows("bert"), *LM_ROWS, *LABEL_ROWS),
+    rows=(*body_rows("bert"), *LM_ROWS, *linear("classifier", "head.classifier"), *LABEL_ROWS),
 )
 
 HEADS = ("PreTraining", "MaskedLM", "SequenceClassification", "TokenClassification", "QuestionAnswering", "None")

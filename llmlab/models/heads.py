@@ -387,11 +387,11 @@ class TokenClassificationHead(nnx.Module):
 
     def __init__(self, config: TokenClassification, inputs: Inputs, *, rngs: nnx.Rngs) -> None:
         self.config = config
-        self.classifier = Dense((("embed", inputs.dim),), (("labels", config.num_labels),), bias=True, rngs=rngs)
+        self.tagger = Dense((("embed", inputs.dim),), (("labels", config.num_labels),), bias=True, rngs=rngs)
 
     def project(self, states: Float[Array, "*B D"], table_VE: Float[Array, "V E"] | None) -> Float[Array, "*B C"]:
         """Scores over the labels, float32."""
-        return self.classifier(states).astype(jnp.float32)
+        return self.tagger(states).astype(jnp.float32)
 
     def __call__(
         self,
