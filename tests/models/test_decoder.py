@@ -18,6 +18,7 @@ from llmlab.models.outputs import CausalOutput
 from llmlab.nn.attention import Attention
 from llmlab.nn.module import Params, merge, num_parameters, split
 from llmlab.nn.stack import Execution
+from tests.drawing import drawn
 
 # Two orders of the same float32 operations; values are of size 1, a few dozen operations deep.
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
@@ -30,12 +31,8 @@ families = pytest.mark.parametrize("family", TINY)
 
 
 def randomised(config: Transformer, seed: int = 0) -> DecoderModel:
-    """Every parameter drawn, so that biases of zero and gains of one hide nothing."""
-    graphdef, params = split(config.build(nnx.Rngs(params=seed)))
-    leaves, treedef = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    drawn = [leaf + 0.2 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
-    return merge(graphdef, jax.tree.unflatten(treedef, drawn))
+    """Every parameter drawn."""
+    return drawn(lambda: config.build(nnx.Rngs(params=0)), seed)
 
 
 def tokens(batch: int, length: int, seed: int = 3) -> jax.Array:

@@ -24,12 +24,13 @@ from llmlab.models.heads import (
 from llmlab.nn.attention import Attention
 from llmlab.nn.config import Block
 from llmlab.nn.feed_forward import MLP
-from llmlab.nn.module import merge, split
+from llmlab.nn.module import merge
 from llmlab.nn.norms import LayerNorm
 from llmlab.nn.positions import Learned
 from llmlab.nn.wiring import PostNorm
 from llmlab.objectives.next_token import chunked_cross_entropy
 from llmlab.plan.cost import count
+from tests.drawing import drawn
 
 VOCAB, DIM, BATCH, LENGTH = 29, 12, 2, 10
 
@@ -57,11 +58,7 @@ def encoder(**changes: Any) -> Encoder:
 
 def built(seed: int = 0, **changes: Any) -> Any:
     """A model whose every parameter is drawn: zero biases would hide mistakes."""
-    graphdef, params = split(encoder(**changes).build(nnx.Rngs(seed)))
-    leaves, treedef = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    drawn = [leaf + 0.3 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
-    return merge(graphdef, jax.tree.unflatten(treedef, drawn))
+    return drawn(lambda: encoder(**changes).build(nnx.Rngs(0)), seed)
 
 
 def ids(seed: int = 0, shape: tuple[int, ...] = (BATCH, LENGTH), high: int = VOCAB) -> jax.Array:

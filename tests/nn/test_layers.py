@@ -2,7 +2,6 @@
 
 import math
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ from llmlab.nn.dropout import dropout
 from llmlab.nn.embedding import Embedding, SegmentEmbedding
 from llmlab.nn.feed_forward import MLP, GatedMLP
 from llmlab.nn.norms import BatchNorm, LayerNorm, RMSNorm
+from tests.drawing import drawn
 
 # float32 has 24 bits: 6e-8 relative per operation, a few dozen operations deep
 assert_close = partial(np.testing.assert_allclose, rtol=2e-6, atol=2e-6)
@@ -32,15 +32,6 @@ def f64(x: jax.Array) -> np.ndarray:
     return np.asarray(x, np.float64)
 
 
-def randomised(layer: nnx.Module, seed: int = 9) -> Any:
-    """The layer with every parameter drawn at random, so that scales of one and biases of zero hide nothing."""
-    graphdef, state = nnx.split(layer)
-    leaves, treedef = jax.tree.flatten(state)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    drawn = [jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
-    return nnx.merge(graphdef, jax.tree.unflatten(treedef, drawn))
-
-
 @pytest.mark.parametrize(
     ("inputs", "outputs", "shape"),
     [
@@ -49,7 +40,7 @@ def randomised(layer: nnx.Module, seed: int = 9) -> Any:
     ],
 )
 def test_dense_is_the_contraction_plus_bias(inputs, outputs, shape):
-    layer = randomised(Dense(inputs, outputs, bias=True, rngs=rngs()))
+    layer = drawn(lambda: Dense(inputs, outputs, bias=True, rngs=rngs()))
     x = normal(1, *shape)
     expected = np.tensordot(f64(x), f64(layer.kernel[...]), axes=len(inputs)) + f64(layer.bias[...])
     assert_close(layer(x), expected)
@@ -70,7 +61,7 @@ def test_dense_starts_with_variance_one_over_inputs():
 
 
 def test_layer_norm_is_its_equation():
-    layer = randomised(LayerNorm(epsilon=1e-3).build(8, rngs=rngs()))
+    layer = drawn(lambda: LayerNorm(epsilon=1e-3).build(8, rngs=rngs()))
     x = f64(normal(1, 2, 3, 8))
     mean, variance = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
     expected = (x - mean) / np.sqrt(variance + 1e-3) * f64(layer.scale[...]) + f64(layer.bias[...])
@@ -85,14 +76,14 @@ def test_layer_norm_without_bias_has_none():
 def test_rms_norm_is_its_equation(offset):
     config = RMSNorm(epsilon=1e-3, offset=offset)
     np.testing.assert_array_equal(config.build(8, rngs=rngs()).scale[...], 1 - offset)
-    layer = randomised(config.build(8, rngs=rngs()))
+    layer = drawn(lambda: config.build(8, rngs=rngs()))
     x = f64(normal(1, 2, 3, 8))
     expected = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-3) * (offset + f64(layer.scale[...]))
     assert_close(layer(jnp.asarray(x, jnp.float32)), expected)
 
 
 def test_batch_norm_takes_statistics_over_tokens():
-    layer = randomised(BatchNorm(epsilon=1e-3).build(8, rngs=rngs()))
+    layer = drawn(lambda: BatchNorm(epsilon=1e-3).build(8, rngs=rngs()))
     x = f64(normal(1, 2, 3, 8))
     flat = x.reshape(-1, 8)
     expected = (x - flat.mean(0)) / np.sqrt(flat.var(0) + 1e-3) * f64(layer.scale[...]) + f64(layer.bias[...])
@@ -101,7 +92,7 @@ def test_batch_norm_takes_statistics_over_tokens():
 
 @pytest.mark.parametrize("config", [LayerNorm(), LayerNorm(bias=False), RMSNorm(), RMSNorm(offset=1.0)])
 def test_norm_gradients_equal_those_of_the_plain_equation(config):
-    layer = randomised(config.build(16, rngs=rngs()))
+    layer = drawn(lambda: config.build(16, rngs=rngs()))
     graphdef, state = nnx.split(layer)
     x, dy = normal(1, 2, 3, 16), normal(2, 2, 3, 16)
 
@@ -141,7 +132,7 @@ ACTIVATIONS = {
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_mlp_is_its_equation(activation):
-    layer = randomised(MLP(hidden_dim=12, activation=activation).build(8, rngs=rngs()))
+    layer = drawn(lambda: MLP(hidden_dim=12, activation=activation).build(8, rngs=rngs()))
     x = normal(1, 2, 3, 8)
     h = ACTIVATIONS[activation](f64(x) @ f64(layer.up.kernel[...]) + f64(layer.up.bias[...]))
     expected = h @ f64(layer.down.kernel[...]) + f64(layer.down.bias[...])
@@ -150,7 +141,7 @@ def test_mlp_is_its_equation(activation):
 
 @pytest.mark.parametrize("activation", ["sigmoid", "gelu", "silu"])  # GLU, GEGLU, SwiGLU
 def test_gated_mlp_is_its_equation(activation):
-    layer = randomised(GatedMLP(hidden_dim=12, activation=activation).build(8, rngs=rngs()))
+    layer = drawn(lambda: GatedMLP(hidden_dim=12, activation=activation).build(8, rngs=rngs()))
     x = normal(1, 2, 3, 8)
     h = ACTIVATIONS[activation](f64(x) @ f64(layer.gate.kernel[...])) * (f64(x) @ f64(layer.up.kernel[...]))
     np.testing.assert_allclose(layer(x)[0], h @ f64(layer.down.kernel[...]), rtol=2e-5, atol=5e-5)

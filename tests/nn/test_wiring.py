@@ -18,6 +18,7 @@ from llmlab.nn.module import logical_axes, merge, split
 from llmlab.nn.norms import LayerNorm, RMSNorm
 from llmlab.nn.stack import Execution, Stack
 from llmlab.nn.wiring import LayerScale, Parallel, PostNorm, PreNorm, ReZero, Sandwich
+from tests.drawing import drawn
 
 DIM = 16
 # float32, a dozen operations deep
@@ -34,22 +35,13 @@ def context(batch: int = 2, length: int = 6) -> Context:
     return Context(mask=Causal(), position_ids=jnp.broadcast_to(jnp.arange(length), (batch, length)))
 
 
-def drawn(module: nnx.Module, seed: int = 3):
-    """The module with random parameters: gains of one and zero would hide a missing norm or scale."""
-    graphdef, params = split(module)
-    leaves, treedef = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    random = [0.3 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
-    return merge(graphdef, jax.tree.unflatten(treedef, random))
-
-
 def x_of(seed: int = 0) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), (2, 6, DIM))
 
 
 @pytest.mark.parametrize("wiring", [PreNorm(), PostNorm(), Sandwich(), ReZero(), LayerScale()], ids=repr)
 def test_serial_wiring_is_its_equation(wiring):
-    layer = drawn(block(wiring).build(DIM, rngs=nnx.Rngs(0)))
+    layer = drawn(lambda: block(wiring).build(DIM, rngs=nnx.Rngs(0)))
     x = x_of()
 
     def branch(f, parts, x):
@@ -67,7 +59,7 @@ def test_serial_wiring_is_its_equation(wiring):
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_parallel_wiring_adds_both_branches_at_once(shared):
-    layer = drawn(block(Parallel(shared_norm=shared)).build(DIM, rngs=nnx.Rngs(0)))
+    layer = drawn(lambda: block(Parallel(shared_norm=shared)).build(DIM, rngs=nnx.Rngs(0)))
     x = x_of()
     second = layer.norm_mixer if shared else layer.norm_ffn
     expected = x + layer.mixer(layer.norm_mixer(x), context())[0] + layer.ffn(second(x))[0]
@@ -96,7 +88,7 @@ def test_residual_dropout_zeroes_whole_entries_of_each_branch():
 
 def test_cross_attention_reads_the_encoder_and_only_that():
     cross = block(PreNorm(), cross=CrossAttention(num_heads=2))
-    layer = drawn(cross.build(DIM, rngs=nnx.Rngs(0)))
+    layer = drawn(lambda: cross.build(DIM, rngs=nnx.Rngs(0)))
     memory = jax.random.normal(jax.random.key(5), (2, 9, DIM))
     with_memory = replace(context(), memory=memory)
     x = layer.mixer_branch(lambda h: layer.mixer(h, context()), x_of(), None)[0]
@@ -120,7 +112,7 @@ PATTERN = (block(PreNorm()), block(Sandwich(), norm=RMSNorm()))
 
 @pytest.mark.parametrize("num_layers", [1, 2, 4, 5])
 def test_stack_is_its_layers_one_after_the_other(num_layers):
-    stack = drawn(Stack(PATTERN, num_layers, DIM, Execution(mode="scan"), rngs=nnx.Rngs(0)))
+    stack = drawn(lambda: Stack(PATTERN, num_layers, DIM, Execution(mode="scan"), rngs=nnx.Rngs(0)))
     x, *_ = stack(x_of(), context())
     expected, repeats = x_of(), num_layers // 2
     for number in range(num_layers):
@@ -153,7 +145,7 @@ def test_execution_changes_neither_values_nor_gradients(mode, remat):
     pattern = tuple(replace(b, dropout=0.2) for b in PATTERN)
 
     def results(execution: Execution):
-        graphdef, params = split(drawn(Stack(pattern, 5, DIM, execution, rngs=nnx.Rngs(0))))
+        graphdef, params = split(drawn(lambda: Stack(pattern, 5, DIM, execution, rngs=nnx.Rngs(0))))
         loss = lambda p, x: jnp.sum(jnp.sin(merge(graphdef, p)(x, context(), jax.random.key(7))[0]))  # noqa: E731  one line
         return jax.jit(jax.value_and_grad(loss, (0, 1)))(params, x_of())
 
@@ -166,7 +158,7 @@ def test_execution_changes_neither_values_nor_gradients(mode, remat):
 
 def test_layer_drop_skips_whole_layers_and_only_in_training():
     execution = Execution(layer_drop=0.5)
-    stack = drawn(Stack(PATTERN[:1], 1, DIM, execution, rngs=nnx.Rngs(0)))
+    stack = drawn(lambda: Stack(PATTERN[:1], 1, DIM, execution, rngs=nnx.Rngs(0)))
     plain, *_ = stack(x_of(), context())
     outcomes = {"kept": 0, "dropped": 0}
     for seed in range(40):
