@@ -16,8 +16,8 @@ from llmlab.nn.lsh import LocalAttention, LSHAttention
 from llmlab.nn.masks import Causal, Full, Mask
 from llmlab.plan.cost import count
 
-# Small enough for less than 32 MB at both lengths: beyond, glibc asks the system for the pages of every buffer anew, and
-# the time would jump once (by 1.3), whatever the algorithm.
+# Small enough for less than 32 MB at both lengths: beyond, glibc asks the system for the pages of every buffer anew,
+# and the time would jump once (by 1.3), whatever the algorithm.
 SHORT, LONG, DIM, HEADS = 4096, 8192, 32, 2
 
 MIXERS: Mapping[str, tuple[Mixer, Mask]] = {
