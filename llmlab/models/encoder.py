@@ -232,16 +232,20 @@ class EncoderModel(nnx.Module):
             draws=draws,
             key=key,
         )
-        states_BSD = hidden.states
-        pooled_BP = self.pool(states_BSD) if self.config.pools else None
-        if self.head is None:
-            return EncoderOutput(last_hidden_state=states_BSD, pooled=pooled_BP, auxiliary=hidden.auxiliary)
         targets = Targets(
             labels=labels,
             next_sentence_label=next_sentence_label,
             start_positions=start_positions,
             end_positions=end_positions,
         )
+        return self.answer(input_ids, hidden, targets, key)
+
+    def answer(self, input_ids: Int[Array, "B S"], hidden: Hidden, targets: Targets, key: jax.Array | None) -> Output:
+        """What the head makes of the states."""
+        states_BSD = hidden.states
+        pooled_BP = self.pool(states_BSD) if self.config.pools else None
+        if self.head is None:
+            return EncoderOutput(last_hidden_state=states_BSD, pooled=pooled_BP, auxiliary=hidden.auxiliary)
         table_VE, head_key = self.embedding.tokens.table[...], _folded(key, _HEAD_KEY)
         output = self.head(states_BSD, pooled_BP, table_VE, targets, hidden.auxiliary, head_key)
         if output.loss is None:
@@ -263,6 +267,10 @@ class EncoderModel(nnx.Module):
         """Input of the head, and what else the stack gives; arguments as for a call."""
         if position_ids is None:
             position_ids = default_positions(input_ids, self.config.unpositioned_token)
+        if token_type_ids is None:
+            token_type_ids = self.default_token_types(input_ids)
+        if global_attention_mask is None:
+            global_attention_mask = self.default_global_tokens(input_ids)
         mask: Mask = Full()
         if attention_mask is not None:
             mask = mask & Padding(attention_mask.astype(bool))
@@ -280,6 +288,14 @@ class EncoderModel(nnx.Module):
         x_BSD, _, auxiliary = self.stack(shard(x_BSD, "batch", "sequence", "embed"), context, key)
         states_BSD = x_BSD if self.final_norm is None else self.final_norm(x_BSD)
         return Hidden(states=states_BSD, auxiliary=auxiliary)
+
+    def default_token_types(self, input_ids: Int[Array, "B S"]) -> Int[Array, "B S"] | None:
+        """Token types where a call gives none; None is type 0 for all. A family in which they follow overrides this."""
+        return None
+
+    def default_global_tokens(self, input_ids: Int[Array, "B S"]) -> Bool[Array, "B S"] | None:
+        """Global tokens where a call names none: none. A family in which the task has some overrides this."""
+        return None
 
     def auxiliary_losses(self, auxiliary: Auxiliary) -> dict[str, Float[Array, ""]]:
         """Weighted terms that training adds to the mean loss, by name; none for most models."""

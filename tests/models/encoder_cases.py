@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.models.references import SEQUENCE, Case, Inputs, masked, own_loss, squares, tokens
+from tests.models.references import Case, Inputs, masked, own_loss, squares, tokens
 
 HEADS = (
     "ForMaskedLM",
@@ -63,8 +63,9 @@ def encoder_case(
         inputs["labels"] = np.where(labels < 0, labels, labels % config.num_labels).astype(np.int32)
     if ending == "ForQuestionAnswering":
         # the last row's answer is beyond it
-        inputs["start_positions"] = np.asarray([2, 5, SEQUENCE + 3], np.int32)
-        inputs["end_positions"] = np.asarray([4, 7, SEQUENCE], np.int32)
+        length = inputs["input_ids"].shape[1]
+        inputs["start_positions"] = np.asarray([2, 5, length + 3], np.int32)
+        inputs["end_positions"] = np.asarray([4, 7, length], np.int32)
         outputs = ("start_logits", "end_logits")
     if ending == "Model":
         outputs = ("last_hidden_state", "pooled") if pooled else ("last_hidden_state",)

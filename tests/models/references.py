@@ -90,13 +90,16 @@ def channels_first(model: Any, inputs: dict[str, Any]) -> Any:
     return model(**inputs | {"pixel_values": inputs["pixel_values"].movedim(-1, -3)})
 
 
-def tokens(vocab_size: int, seed: int = 0, *, low: int = 0, pad_id: int | None = None) -> Inputs:
+def tokens(
+    vocab_size: int, seed: int = 0, *, low: int = 0, pad_id: int | None = None, length: int = SEQUENCE
+) -> Inputs:
     """`input_ids` from `low` up and `attention_mask`, rows as in ROWS; padding has `pad_id` where that matters."""
     rng = np.random.default_rng(seed)
-    input_ids = rng.integers(low, vocab_size, (len(ROWS), SEQUENCE)).astype(np.int32)
+    input_ids = rng.integers(low, vocab_size, (len(ROWS), length)).astype(np.int32)
     attention_mask = np.zeros_like(input_ids)
     for row, (real, padding) in enumerate(ROWS):
-        start = SEQUENCE - real if padding == "left" else 0
+        real = real * length // SEQUENCE
+        start = length - real if padding == "left" else 0
         attention_mask[row, start : start + real] = 1
     if pad_id is not None:
         input_ids = np.where(attention_mask == 1, input_ids, pad_id).astype(np.int32)
