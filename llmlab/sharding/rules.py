@@ -25,6 +25,7 @@ DEFAULT_RULES: Rules = {
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
+    "experts": ("expert",),
 }
 
 _active: contextvars.ContextVar[tuple[jax.sharding.Mesh, Rules] | None] = contextvars.ContextVar("mesh", default=None)

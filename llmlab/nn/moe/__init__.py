@@ -1,0 +1,16 @@
+"""Mixture of experts: routing, dispatch, grouped matmul."""
+
+from llmlab.nn.moe.grouped import grouped_matmul
+from llmlab.nn.moe.layer import MixtureOfExperts, MixtureOfExpertsLayer
+from llmlab.nn.moe.routing import Capacity, ExpertChoice, LoadBalance, Router, TopK
+
+__all__ = [
+    "Capacity",
+    "ExpertChoice",
+    "LoadBalance",
+    "MixtureOfExperts",
+    "MixtureOfExpertsLayer",
+    "Router",
+    "TopK",
+    "grouped_matmul",
+]

@@ -1,0 +1,253 @@
+"""Dispatch: bringing tokens to their experts and the results back, weighted.
+
+    Dropless   rows sorted by expert, groups of any size          grouped matmul, nothing dropped
+    Places     a fixed number of rows for every expert            batched matmul, overflow dropped
+    Picks      the same, the experts having picked the tokens     batched matmul
+
+The two directions are inverse gathers: row r of the buffer holds the token of one choice, and that choice knows its
+row. So the gradient of one is the other, and nothing is ever scattered (slow on CPUs and TPUs alike), except by Picks,
+where a token can be in as many rows as there are experts.
+
+Shapes: B batch, S sequence, D embed, E experts, K experts per token, C places of an expert, T = B S tokens,
+A = T K (or S K) choices, R rows of a buffer.
+"""
+
+import abc
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from llmlab.nn.module import Params, logical_axes, merge, split
+from llmlab.nn.moe.experts import Experts
+from llmlab.sharding import shard
+from llmlab.sharding.rules import active_sharding
+
+
+class Assignment(abc.ABC):
+    """Which experts see which tokens, with what weight."""
+
+    @abc.abstractmethod
+    def apply(self, experts: Experts, x_BSD: Float[Array, "B S D"], key: jax.Array | None) -> Float[Array, "B S D"]:
+        """Weighted sum of what its experts make of each token; dropout inside experts is active with a key."""
+
+
+@dataclass(frozen=True)
+class Dropless(Assignment):
+    """Every token is seen by all experts that it chose."""
+
+    expert_BSK: Int[Array, "B S K"]
+    """The choices; the number of experts for none."""
+    gate_BSK: Float[Array, "B S K"]
+    """Weights of the choices."""
+
+    def apply(self, experts: Experts, x_BSD: Float[Array, "B S D"], key: jax.Array | None) -> Float[Array, "B S D"]:
+        tokens = active_sharding(x_BSD.shape, "batch", "sequence", None)
+        if tokens is None:
+            return _sorted(experts, x_BSD, self.expert_BSK, self.gate_BSK, key)
+        return _sorted_by_each_device(experts, x_BSD, self.expert_BSK, self.gate_BSK, key, tokens)
+
+
+@dataclass(frozen=True)
+class Places(Assignment):
+    """Every expert has the same number of places for a row's tokens."""
+
+    choice_BEC: Int[Array, "B E C"]
+    """The choice, token s's k-th being s K + k, that has a place; S K for none."""
+    place_BSK: Int[Array, "B S K"]
+    """The place, expert e's c-th being e C + c, that a choice has; E C for none."""
+    gate_BSK: Float[Array, "B S K"]
+    """Weights of the choices."""
+
+    def apply(self, experts: Experts, x_BSD: Float[Array, "B S D"], key: jax.Array | None) -> Float[Array, "B S D"]:
+        batch, num_experts, num_places = self.choice_BEC.shape
+        k = self.place_BSK.shape[-1]
+        choice_BR = self.choice_BEC.reshape(batch, -1)
+        rows_BRD = jax.vmap(gather_rows)(x_BSD, choice_BR // k, self.place_BSK)
+        y_BRD = _batched(experts, rows_BRD.reshape(batch, num_experts, num_places, -1), key).reshape(rows_BRD.shape)
+        y_BAD = jax.vmap(gather_rows)(y_BRD, self.place_BSK.reshape(batch, -1), choice_BR[..., None])
+        return _weighted(y_BAD.reshape(*self.place_BSK.shape, -1), self.gate_BSK)
+
+
+@dataclass(frozen=True)
+class Picks(Assignment):
+    """Every expert has picked tokens of each row."""
+
+    token_BEC: Int[Array, "B E C"]
+    """The tokens; S for none."""
+    gate_BEC: Float[Array, "B E C"]
+    """Their weights."""
+
+    def apply(self, experts: Experts, x_BSD: Float[Array, "B S D"], key: jax.Array | None) -> Float[Array, "B S D"]:
+        def gathered(x_SD: jax.Array, token_EC: jax.Array) -> jax.Array:
+            return jnp.take(x_SD, token_EC, axis=0, mode="fill", fill_value=0)
+
+        def scattered(x_SD: jax.Array, token_EC: jax.Array, y_ECD: jax.Array) -> jax.Array:
+            return jnp.zeros(x_SD.shape, jnp.float32).at[token_EC].add(y_ECD, mode="drop")
+
+        y_BECD = _batched(experts, jax.vmap(gathered)(x_BSD, self.token_BEC), key)
+        y_BECD = y_BECD.astype(jnp.float32) * self.gate_BEC[..., None]
+        return jax.vmap(scattered)(x_BSD, self.token_BEC, y_BECD).astype(x_BSD.dtype)
+
+
+def _sorted(
+    experts: Experts,
+    x_BSD: Float[Array, "B S D"],
+    expert_BSK: Int[Array, "B S K"],
+    gate_BSK: Float[Array, "B S K"],
+    key: jax.Array | None,
+) -> Float[Array, "B S D"]:
+    k = expert_BSK.shape[-1]
+    groups = group(expert_BSK.reshape(-1), experts.num_experts)
+    x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
+    rows_AD = gather_rows(x_TD, groups.order_A // k, groups.inverse_A.reshape(-1, k))
+    y_AD = experts.grouped(rows_AD, groups.sizes_E, key)
+    y_AD = gather_rows(y_AD, groups.inverse_A, groups.order_A[:, None])
+    return _weighted(y_AD.reshape(*expert_BSK.shape, -1), gate_BSK)
+
+
+def _sorted_by_each_device(
+    experts: Experts,
+    x_BSD: Float[Array, "B S D"],
+    expert_BSK: Int[Array, "B S K"],
+    gate_BSK: Float[Array, "B S K"],
+    key: jax.Array | None,
+    tokens: NamedSharding,
+) -> Float[Array, "B S D"]:
+    """As `_sorted`, on a mesh: every device sorts its own tokens (XLA would sort those of all devices together), lets
+    its own experts, and its own part of their hidden width, look at them, and the parts are summed."""
+    graphdef, params = split(experts)
+    axes = logical_axes(experts)
+    specs = {
+        layer: {name: _spec(leaf, axes[layer][name]) for name, leaf in leaves.items()}
+        for layer, leaves in params.items()
+    }
+    by_expert, _, by_width = (_mesh_axes(entry) for entry in specs["up"]["kernel"])
+    by_token = sum((_mesh_axes(entry) for entry in tokens.spec), ())
+
+    def run(
+        params: Params, x_BSD: jax.Array, expert_BSK: jax.Array, gate_BSK: jax.Array, key: jax.Array | None
+    ) -> jax.Array:
+        if "bias" in params["down"]:  # every part of the width would add it
+            down = params["down"] | {"bias": params["down"]["bias"] / jax.lax.axis_size(by_width)}
+            params = params | {"down": down}
+        mine = merge(graphdef, params)
+        first = jax.lax.axis_index(by_expert) * mine.num_experts if by_expert else 0
+        is_mine = (expert_BSK >= first) & (expert_BSK < first + mine.num_experts)
+        if key is not None and (used := (*by_token, *by_expert, *by_width)):
+            key = jax.random.fold_in(key, jax.lax.axis_index(used))
+        y_BSD = _sorted(mine, x_BSD, jnp.where(is_mine, expert_BSK - first, mine.num_experts), gate_BSK, key)
+        # float32: a sum of parts rounded to bfloat16 would depend on their number
+        return jax.lax.psum(y_BSD.astype(jnp.float32), (*by_expert, *by_width)).astype(x_BSD.dtype)
+
+    return jax.shard_map(
+        run,
+        mesh=tokens.mesh,
+        in_specs=(specs, tokens.spec, tokens.spec, tokens.spec, PartitionSpec()),
+        out_specs=tokens.spec,
+        check_vma=False,  # pallas_call does not say how its outputs vary over the mesh
+    )(params, x_BSD, expert_BSK, gate_BSK, key)
+
+
+def _spec(leaf: jax.Array, names: tuple[str, ...]) -> PartitionSpec:
+    """How a parameter comes to a device: the residual stream's width whole, gathered where fsdp splits it."""
+    own = names[-leaf.ndim :]  # without "layers", which a slice of stacked parameters keeps in its names
+    sharding = active_sharding(leaf.shape, *(None if name == "embed" else name for name in own))
+    assert sharding is not None
+    return sharding.spec
+
+
+def _mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """Mesh axes of one entry of a PartitionSpec."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else entry
+
+
+def _batched(experts: Experts, rows_BECD: Float[Array, "B E C D"], key: jax.Array | None) -> Float[Array, "B E C D"]:
+    batch, num_experts, num_places, dim = rows_BECD.shape
+    x_EBCD = shard(rows_BECD.swapaxes(0, 1), "experts", "batch", None, None)
+    y_END = experts.batched(x_EBCD.reshape(num_experts, -1, dim), key)
+    return shard(y_END.reshape(num_experts, batch, num_places, dim), "experts", "batch", None, None).swapaxes(0, 1)
+
+
+def _weighted(y_BSKD: Float[Array, "B S K D"], gate_BSK: Float[Array, "B S K"]) -> Float[Array, "B S D"]:
+    return jnp.sum(y_BSKD * gate_BSK[..., None], axis=2).astype(y_BSKD.dtype)
+
+
+def place(
+    expert_SK: Int[Array, "S K"],
+    order_S: Int[Array, "S"],
+    limit: Int[Array, ""],
+    num_experts: int,
+    num_places: int,
+) -> tuple[Int[Array, "E C"], Int[Array, "S K"]]:
+    """`choice_EC` and `place_SK` of a row (see Places).
+
+    Args:
+        expert_SK: the choices; the number of experts for none.
+        order_S: tokens in the order in which they get places: first choices of all, then second ones, ...
+        limit: places that an expert gives in this row, of the `num_places` that its buffer has.
+        num_experts: E.
+        num_places: C.
+    """
+    length, k = expert_SK.shape
+    queue_A = (order_S * k + jnp.arange(k)[:, None]).reshape(-1)  # choices in the order in which they get places
+    groups = group(expert_SK.reshape(-1)[queue_A], num_experts)
+    number_C = jnp.arange(num_places)
+    given_EC = number_C < jnp.minimum(groups.sizes_E, limit)[:, None]
+    position_EC = jnp.where(given_EC, groups.starts_E[:, None] + number_C, 0)
+    choice_EC = jnp.where(given_EC, queue_A[groups.order_A[position_EC]], length * k)
+    queued_A = (jnp.arange(k) * length + jnp.argsort(order_S)[:, None]).reshape(-1)  # where in the queue a choice is
+    expert_A = expert_SK.reshape(-1)
+    number_A = groups.inverse_A[queued_A] - groups.starts_E[jnp.minimum(expert_A, num_experts - 1)]
+    has_A = (expert_A < num_experts) & (number_A < limit)
+    place_A = jnp.where(has_A, expert_A * num_places + number_A, num_experts * num_places)
+    return choice_EC, place_A.reshape(length, k)
+
+
+class Groups(NamedTuple):
+    """Choices sorted by expert, stably; those of no expert last."""
+
+    order_A: Int[Array, "A"]
+    """The choice at every position of the sorted sequence."""
+    inverse_A: Int[Array, "A"]
+    """The position of every choice."""
+    starts_E: Int[Array, "E"]
+    """First position of every expert."""
+    sizes_E: Int[Array, "E"]
+    """How many choices fell on every expert."""
+
+
+def group(expert_A: Int[Array, "A"], num_experts: int) -> Groups:
+    """Sort choices by expert; numbers from `num_experts` on are none."""
+    order_A = jnp.argsort(expert_A, stable=True)
+    bounds = jnp.searchsorted(expert_A[order_A], jnp.arange(num_experts + 1))
+    return Groups(order_A, jnp.argsort(order_A), bounds[:-1], jnp.diff(bounds))
+
+
+@jax.custom_vjp
+def gather_rows(
+    x_ND: Float[Array, "N D"], index_M: Int[Array, "M"], inverse_NJ: Int[Array, "N J"]
+) -> Float[Array, "M D"]:
+    """x_ND[index_M], zeros where the index is N or more.
+
+    Args:
+        x_ND: rows.
+        index_M: the row that each result is.
+        inverse_NJ: all the results that each row is, M for none: where its gradient comes from.
+    """
+    return jnp.take(x_ND, index_M, axis=0, mode="fill", fill_value=0)
+
+
+def _gather_forward(x_ND: jax.Array, index_M: jax.Array, inverse_NJ: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return jnp.take(x_ND, index_M, axis=0, mode="fill", fill_value=0), inverse_NJ
+
+
+def _gather_backward(inverse_NJ: jax.Array, dy_MD: jax.Array) -> tuple[jax.Array, None, None]:
+    dx_NJD = jnp.take(dy_MD, inverse_NJ, axis=0, mode="fill", fill_value=0)
+    return jnp.sum(dx_NJD, axis=1, dtype=jnp.float32).astype(dy_MD.dtype), None, None
+
+
+gather_rows.defvjp(_gather_forward, _gather_backward)
