@@ -11,6 +11,7 @@ and a kernel counts what a table says; what is neither known nor in the table is
     scan, map, fori_loop     body x trip count
     while                    the same where the trip count shows, else an error or what the caller says
     cond                     the most expensive branch; of platform_dependent, the platform's branch
+    grouped matmul           the rows there are, and the most that can be computed in vain beside them
     shard_map                body x devices, so the count is that of the whole program
     remat                    what the backward pass computes again counts again, as it runs again
 
@@ -32,7 +33,7 @@ from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxprs_in_params
 from jax.interpreters.partial_eval import dce_jaxpr
 
-from llmlab.plan.operations import ATTENTION, MATMULS, MOVES, Kernel, elementwise_flops
+from llmlab.plan.operations import ATTENTION, FUNCTIONS, MATMULS, MOVES, Kernel, elementwise_flops
 
 Known = Mapping[Any, int]
 """Values of integer scalars that are known before the program runs."""
@@ -114,6 +115,9 @@ class _Counter:
         name = eqn.primitive.name
         inputs, outputs = [atom.aval for atom in eqn.invars], [var.aval for var in eqn.outvars]
         traffic = sum(_bytes(aval) for aval in (*inputs, *outputs))
+        if name in ("jit", "pjit") and (function := eqn.params["name"]) in FUNCTIONS:
+            flops = FUNCTIONS[function](inputs, outputs)
+            return Cost(matmul_flops=flops, bytes=traffic, by_primitive={function: flops})
         kernel = _kernel_name(eqn)
         if kernel in self.kernels or name in self.kernels:
             kernel = kernel if kernel in self.kernels else name

@@ -55,6 +55,42 @@ ATTENTION: Mapping[str, Kernel] = {
 }
 
 
+# Rows that llmlab.nn.moe.blocked computes in vain for an expert, at most.
+_BLOCKED_SPARE = 31
+
+
+def _blocked_rows(inputs: Shapes, outputs: Shapes) -> int:
+    """Rows (R, D) times a matrix of their expert (E, D, F), or its transpose."""
+    matrices = inputs[1]
+    return 2 * (inputs[0].shape[0] + _BLOCKED_SPARE * matrices.shape[0]) * math.prod(matrices.shape[1:])
+
+
+def _blocked_outer(inputs: Shapes, outputs: Shapes) -> int:
+    """Gradient of the matrices (E, D, F) from rows (R, D) and (R, F)."""
+    matrices = outputs[0]
+    return 2 * (inputs[0].shape[0] + _BLOCKED_SPARE * matrices.shape[0]) * math.prod(matrices.shape[1:])
+
+
+def _tiled_rows(inputs: Shapes, outputs: Shapes) -> int:
+    """As `_blocked_rows`; the tiles that two experts share are not counted twice (there are E - 1 of them at most)."""
+    return 2 * inputs[0].size * outputs[0].shape[1]
+
+
+def _tiled_outer(inputs: Shapes, outputs: Shapes) -> int:
+    return 2 * inputs[0].size * inputs[1].shape[1]
+
+
+FUNCTIONS: Mapping[str, Kernel] = {
+    "blocked_matmul": _blocked_rows,
+    "blocked_matmul_transposed": _blocked_rows,
+    "blocked_outer": _blocked_outer,
+    "megablox_matmul": _tiled_rows,
+    "megablox_matmul_transposed": _tiled_rows,
+    "megablox_outer": _tiled_outer,
+}
+"""Jitted functions that are counted as a whole, since the data decides how often their loops run."""
+
+
 def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 

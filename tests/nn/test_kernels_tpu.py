@@ -1,13 +1,6 @@
-"""Attention compiled by the real TPU compiler, which needs no TPU; in its own process, away from the CPU backend."""
+"""Attention compiled by the real TPU compiler, which needs no TPU."""
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-import pytest
+from tests import tpu_compiler
 
 PROGRAM = """
 import json
@@ -46,21 +39,7 @@ print(json.dumps({
 
 
 def test_auto_compiles_to_splash_attention_for_tpu_on_every_devices_own_rows_and_heads() -> None:
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed; pip install 'llmlab[tpu]' brings it")
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",  # nothing runs; the TPU compiler is asked for by topology
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_ACCELERATOR_TYPE": "v5p-8",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    result = json.loads(done.stdout.splitlines()[-1])
+    result = tpu_compiler.run(PROGRAM)
     assert result["kernels"] == 3  # forward, gradient of q, gradient of k and v
     assert result["collectives"] == []
     # one matrix of weights would be 2 rows x 4 heads x 2048^2 x 4 bytes = 134 MB a device

@@ -106,6 +106,32 @@ def test_stacked_layers_are_updated_as_separate_layers(name: str) -> None:
         assert_close(apart(stacked), separate, name)
 
 
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "groups"])
+def test_stacked_experts_are_updated_as_separate_matrices(name: str) -> None:
+    """(layers, experts, embed, mlp) as layers x experts matrices (embed, mlp)."""
+    stacked: dict[str, Any] = {"up": {"kernel": ("layers", "experts", "embed", "mlp")}}
+    separate = {f"{i}": {"kernel": ("embed", "mlp")} for i in range(LAYERS * SIZES["experts"])}
+    shape = [SIZES[axis] for axis in stacked["up"]["kernel"]]
+
+    def draw(seed: int) -> jax.Array:
+        scales = np.geomspace(0.1, 10, LAYERS * SIZES["experts"]).reshape(LAYERS, -1, 1, 1)
+        return jnp.asarray(np.random.default_rng(seed).normal(size=shape) * scales, jnp.float32)
+
+    def apart(x: jax.Array) -> dict[str, Any]:
+        return {f"{i}": {"kernel": matrix} for i, matrix in enumerate(x.reshape(-1, *shape[2:]))}
+
+    results = []
+    for axes, arrange in ((stacked, lambda x: {"up": {"kernel": x}}), (separate, apart)):
+        transformation = OPTIMIZERS[name].build(axes, STEPS)
+        params = arrange(draw(0))
+        state, update = transformation.init(params), jax.jit(transformation.update)
+        for k in range(STEPS):
+            updates, state = update(arrange(draw(k + 1)), state, params)
+            params = optax.apply_updates(params, updates)
+        results.append(params)
+    assert_close(apart(results[0]["up"]["kernel"]), results[1], name)
+
+
 def test_layers_change_the_update_where_they_are_taken_for_one_matrix() -> None:
     """The test above can fail: without the name, LAMB and Adafactor mix layers."""
     unnamed = jax.tree.map(lambda axes: tuple(a.replace("layers", "mlp") for a in axes), STACKED_AXES, is_leaf=is_axes)

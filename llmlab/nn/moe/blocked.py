@@ -43,43 +43,40 @@ def blocked_matmul_transposed(
 def blocked_outer(
     x_RD: Float[Array, "R D"], dy_RF: Float[Array, "R F"], sizes_E: Int[Array, "E"]
 ) -> Float[Array, "E D F"]:
-    """For every expert the sum over its rows of x^T dy, in float32: the gradient of its matrix."""
+    """For every expert the sum over its rows of x^T dy, added in float32: the gradient of its matrix."""
     starts_E, ends_E = _spans(sizes_E)
-    x_RD, dy_RF = _at_least_a_block(x_RD), _at_least_a_block(dy_RF)
+    (size, x_RD), (_, dy_RF) = _at_least_a_block(x_RD), _at_least_a_block(dy_RF)
 
     def expert(_: None, e: jax.Array) -> tuple[None, jax.Array]:
         start, end = starts_E[e], ends_E[e]
-        rest = end - (end - start) % BLOCK
+        rest = end - (end - start) % size
 
         def product(x: jax.Array, dy: jax.Array) -> jax.Array:
             return jax.lax.dot_general(x, dy, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 
         def block(i: jax.Array, total: jax.Array) -> jax.Array:
-            x, dy = (jax.lax.dynamic_slice_in_dim(rows, start + i * BLOCK, BLOCK) for rows in (x_RD, dy_RF))
+            x, dy = (jax.lax.dynamic_slice_in_dim(rows, start + i * size, size) for rows in (x_RD, dy_RF))
             return total + product(x, dy)
 
         def steps(num_rows: int) -> jax.Array:
             return product(_masked(x_RD, rest, end, num_rows)[0], _masked(dy_RF, rest, end, num_rows)[0])
 
-        return None, jax.lax.fori_loop(0, (rest - start) // BLOCK, block, _by_steps(steps, end - rest))
+        total = jax.lax.fori_loop(0, (rest - start) // size, block, _by_steps(steps, size, end - rest))
+        return None, total.astype(x_RD.dtype)
 
     return jax.lax.scan(expert, None, jnp.arange(sizes_E.shape[0]))[1]
 
 
 def _rows(
-    x_RD: Float[Array, "R D"],
-    w_EDF: Float[Array, "E D F"],
-    sizes_E: Int[Array, "E"],
-    contract: tuple[tuple[int], tuple[int]],
-    width: int,
-) -> Float[Array, "R F"]:
+    x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, contract: tuple[tuple[int], tuple[int]], width: int
+) -> jax.Array:
     num_rows = x_RD.shape[0]
     starts_E, ends_E = _spans(sizes_E)
-    x_RD = _at_least_a_block(x_RD)
+    size, x_RD = _at_least_a_block(x_RD)
 
     def expert(e: jax.Array, y_RF: jax.Array) -> jax.Array:
         start, end = starts_E[e], ends_E[e]
-        rest = end - (end - start) % BLOCK
+        rest = end - (end - start) % size
         w_DF = jax.lax.dynamic_index_in_dim(w_EDF, e, keepdims=False)
 
         def product(x: jax.Array) -> jax.Array:
@@ -87,27 +84,27 @@ def _rows(
             return y.astype(x.dtype)
 
         def block(i: jax.Array, y_RF: jax.Array) -> jax.Array:
-            x = jax.lax.dynamic_slice_in_dim(x_RD, start + i * BLOCK, BLOCK)
-            return jax.lax.dynamic_update_slice_in_dim(y_RF, product(x), start + i * BLOCK, 0)
+            x = jax.lax.dynamic_slice_in_dim(x_RD, start + i * size, size)
+            return jax.lax.dynamic_update_slice_in_dim(y_RF, product(x), start + i * size, 0)
 
         def steps(num_rows: int) -> jax.Array:
             x, first = _masked(x_RD, rest, end, num_rows)
-            zeros = jnp.zeros((BLOCK, width), x.dtype)
+            zeros = jnp.zeros((size, width), x.dtype)
             return jax.lax.dynamic_update_slice_in_dim(zeros, product(x), first - place, 0)
 
-        y_RF = jax.lax.fori_loop(0, (rest - start) // BLOCK, block, y_RF)
+        y_RF = jax.lax.fori_loop(0, (rest - start) // size, block, y_RF)
         # The rest's products, zero at the rows of other groups, join what stands in the block they lie in.
-        place = jnp.minimum(rest, x_RD.shape[0] - BLOCK)
-        there = jax.lax.dynamic_slice_in_dim(y_RF, place, BLOCK) + _by_steps(steps, end - rest)
+        place = jnp.minimum(rest, x_RD.shape[0] - size)
+        there = jax.lax.dynamic_slice_in_dim(y_RF, place, size) + _by_steps(steps, size, end - rest)
         return jax.lax.dynamic_update_slice_in_dim(y_RF, there, place, 0)
 
     y_RF = jnp.zeros((x_RD.shape[0], width), x_RD.dtype)
     return jax.lax.fori_loop(0, w_EDF.shape[0], expert, y_RF)[:num_rows]
 
 
-def _by_steps(product: Callable[[int], jax.Array], num_rows: jax.Array) -> jax.Array:
-    """`product(n)` of the least multiple n of STEP that is not below `num_rows`, up to BLOCK; zeros for no rows."""
-    some = [partial(product, n) for n in range(STEP, BLOCK + 1, STEP)]
+def _by_steps(product: Callable[[int], jax.Array], block: int, num_rows: jax.Array) -> jax.Array:
+    """`product(n)` of the least multiple n of STEP that is not below `num_rows`, up to a block; zeros for no rows."""
+    some = [partial(product, n) for n in range(STEP, block + 1, STEP)]
     shape = jax.eval_shape(some[0])
     nothing = partial(jnp.zeros, shape.shape, shape.dtype)
     return jax.lax.switch((num_rows + STEP - 1) // STEP, [nothing, *some])
@@ -129,6 +126,8 @@ def _spans(sizes_E: Int[Array, "E"]) -> tuple[Int[Array, "E"], Int[Array, "E"]]:
     return ends_E - sizes_E, ends_E
 
 
-def _at_least_a_block(rows: Float[Array, "R D"]) -> Float[Array, "P D"]:
-    missing = max(0, BLOCK - rows.shape[0])
-    return jnp.pad(rows, ((0, missing), (0, 0))) if missing else rows
+def _at_least_a_block(rows: Float[Array, "R D"]) -> tuple[int, Float[Array, "P D"]]:
+    """The block's size, less than BLOCK where there are fewer rows, and the rows, which are at least so many."""
+    block = min(BLOCK, STEP * -(-rows.shape[0] // STEP))
+    missing = max(0, block - rows.shape[0])
+    return block, jnp.pad(rows, ((0, missing), (0, 0))) if missing else rows

@@ -38,7 +38,7 @@ class Implementation(NamedTuple):
     matmul_transposed: Product
     """(dy_RF, w_EDF, sizes_E) -> dx_RD."""
     outer: Product
-    """(x_RD, dy_RF, sizes_E) -> dw_EDF in float32."""
+    """(x_RD, dy_RF, sizes_E) -> dw_EDF."""
 
 
 def _members(num_rows: int, sizes_E: Int[Array, "E"]) -> Float[Array, "E R"]:
@@ -51,7 +51,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "dense": Implementation(
         lambda x, w, sizes: jnp.einsum("rd,edf,er->rf", x, w, _members(x.shape[0], sizes)).astype(x.dtype),
         lambda dy, w, sizes: jnp.einsum("rf,edf,er->rd", dy, w, _members(dy.shape[0], sizes)).astype(dy.dtype),
-        lambda x, dy, sizes: jnp.einsum("rd,rf,er->edf", x, dy, _members(x.shape[0], sizes)),
+        lambda x, dy, sizes: jnp.einsum("rd,rf,er->edf", x, dy, _members(x.shape[0], sizes)).astype(x.dtype),
     ),
     "blocked": Implementation(blocked.blocked_matmul, blocked.blocked_matmul_transposed, blocked.blocked_outer),
     "megablox": Implementation(megablox.megablox_matmul, megablox.megablox_matmul_transposed, megablox.megablox_outer),
