@@ -50,8 +50,12 @@ class LossParts:
 class Objective(abc.ABC):
     """What a model is trained to minimise."""
 
+    tasks: ClassVar[tuple[str, ...]] = ()
+    """Tasks of data that it can be trained on; () where it does not say."""
     unit: ClassVar[str] = "token"
     """What is counted: losses are in nats per this."""
+    perplexity: ClassVar[bool] = False
+    """Whether the loss is a cross-entropy over the vocabulary, whose exponential is called perplexity."""
 
     def prepare(self, batch: Batch) -> Batch:
         """The whole batch, before it is cut into parts: where weights that depend on all of it are added."""
@@ -64,3 +68,14 @@ class Objective(abc.ABC):
     @abc.abstractmethod
     def count(self, batch: Batch) -> Float[Array, ""]:
         """The `count` that `loss` will return for this batch, from the batch alone."""
+
+
+def named(batch: Batch, names: tuple[str, ...]) -> Batch:
+    """The arrays of these names that the batch has: what a model is called with."""
+    return {name: batch[name] for name in names if name in batch}
+
+
+def check_smoothing(label_smoothing: float) -> None:
+    """Raises a ValueError unless it is a probability below 1."""
+    if not 0.0 <= label_smoothing < 1.0:
+        raise ValueError(f"label_smoothing={label_smoothing} is not in [0, 1); 0 is none, 0.1 is usual")

@@ -207,7 +207,7 @@ class Session:
             "baselines": counted,
             "num_parameters": program.num_parameters,
         }
-        if unit.endswith("token"):
+        if self.experiment.objective.perplexity:
             summary["validation/perplexity"] = math.exp(loss)
         if dataset.bytes_per_token is not None:
             summary["validation/bits_per_byte"] = loss / (dataset.bytes_per_token * math.log(2))

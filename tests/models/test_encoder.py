@@ -28,7 +28,7 @@ from llmlab.nn.module import merge
 from llmlab.nn.norms import LayerNorm
 from llmlab.nn.positions import Learned
 from llmlab.nn.wiring import PostNorm
-from llmlab.objectives.next_token import chunked_cross_entropy
+from llmlab.objectives.cross_entropy import chunked_cross_entropy
 from llmlab.plan.cost import count
 from tests.drawing import drawn
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from llmlab.models.outputs import Hidden
-from llmlab.objectives.next_token import NextToken, chunked_cross_entropy, cross_entropy
+from llmlab.objectives import NextToken
+from llmlab.objectives.cross_entropy import chunked_cross_entropy, cross_entropy
 
 B, S, D, V = 3, 10, 6, 17
 

@@ -1,4 +1,4 @@
-"""Next-token cross-entropy, the loss of language modelling (Shannon 1951; Bengio et al. 2003).
+"""Cross-entropy over a vocabulary, the loss of every objective that predicts tokens (Shannon 1951; Bengio et al. 2003).
 
 For a position with logits z over a vocabulary of V tokens and target t:
 
@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from llmlab.objectives.base import Batch, LossParts, Objective
+from llmlab.objectives.base import LossParts
 
 IGNORED = -100
 """Label of a position that is not counted."""
@@ -44,59 +44,6 @@ _CHUNK_ACCELERATOR = (2**27, 1024)
 _FLOAT16_UNIT = 1024.0
 
 Project = Callable[[jax.Array], jax.Array]
-
-
-@dataclass(frozen=True, kw_only=True)
-class NextToken(Objective):
-    """Predict the next token: cross-entropy in nats, summed over the counted tokens.
-
-    A batch has `input_ids` and `labels` of shape (batch, sequence). labels[b, s] is the token after input_ids[b, s]
-    (the data pipeline has shifted it already), or -100 where the position is not counted. Optional: `segment_ids`,
-    `position_ids`, `attention_mask`, and `loss_mask`, a weight per position.
-    """
-
-    label_smoothing: float = 0.0
-    """Probability taken from the target and spread evenly over the vocabulary."""
-    z_loss: float = 0.0
-    """Factor on the squared log-normaliser, which keeps logits small; 1e-4 is usual where it is used."""
-    chunk: int | None = None
-    """Positions of every sequence that are scored at once; None for what suits the platform."""
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.label_smoothing < 1.0:
-            raise ValueError(f"label_smoothing={self.label_smoothing} is not in [0, 1); 0 is none, 0.1 is usual")
-        if self.z_loss < 0.0:
-            raise ValueError(f"z_loss={self.z_loss} is negative; 0 is none, 1e-4 is usual")
-        if self.chunk is not None and self.chunk < 1:
-            raise ValueError(f"chunk={self.chunk} is not positive; None chooses one")
-
-    def loss(self, model: Any, batch: Batch, *, key: jax.Array | None = None) -> LossParts:
-        """Sums over the batch.
-
-        metrics: "loss", the plain nll; "accuracy", how often the target scored highest; and "objective", what is
-        minimised, where smoothing or z-loss make that another number.
-        """
-        hidden = model.hidden_states(
-            batch["input_ids"],
-            attention_mask=batch.get("attention_mask"),
-            position_ids=batch.get("position_ids"),
-            segment_ids=batch.get("segment_ids"),
-            key=key,
-        )
-        parts = chunked_cross_entropy(
-            hidden.states,
-            model.project,
-            batch["labels"],
-            batch.get("loss_mask"),
-            label_smoothing=self.label_smoothing,
-            z_loss=self.z_loss,
-            chunk=self.chunk,
-        )
-        return parts.plus(model.auxiliary_losses(hidden.auxiliary))
-
-    def count(self, batch: Batch) -> Float[Array, ""]:
-        """Number of positions whose label is not -100, or the sum of their weights."""
-        return jnp.sum(_weights(batch["labels"], batch.get("loss_mask")))
 
 
 def cross_entropy(
@@ -133,7 +80,7 @@ def chunked_cross_entropy(
     Returns:
         Sums in float32. Only `total` has a gradient.
     """
-    weights = _weights(labels, weights)
+    weights = weights_of(labels, weights)
     chunks = _in_chunks(hidden, project, labels, weights, chunk)
     # The head's parameters become arguments, so that a custom gradient can be given for them.
     pure_project, params = jax.closure_convert(project, chunks[0][0])
@@ -192,7 +139,10 @@ class _Terms:
         return softmax - target - label_smoothing / self.logits.shape[-1]
 
 
-def _weights(labels: jax.Array, weights: jax.Array | None) -> jax.Array:
+def weights_of(
+    labels: Int[Array, "*B"], weights: Float[Array, "*B"] | Int[Array, "*B"] | None = None
+) -> Float[Array, "*B"]:
+    """1 where a label is counted, times its weight; 0 elsewhere."""
     counted = (labels != IGNORED).astype(jnp.float32)
     return counted if weights is None else counted * weights.astype(jnp.float32)
 
