@@ -1,6 +1,18 @@
 """Every architecture family of llmlab, in one list."""
 
-from llmlab.models import bert, distilbert, gpt2, llama, longformer, roberta, vit, xlnet
+from llmlab.models import (
+    bert,
+    clip,
+    distilbert,
+    gemma,
+    gpt2,
+    llama,
+    longformer,
+    roberta,
+    siglip,
+    vit,
+    xlnet,
+)
 from llmlab.models.family import Family
 
 FAMILIES: tuple[Family, ...] = (
@@ -10,6 +22,9 @@ FAMILIES: tuple[Family, ...] = (
     longformer.FAMILY,
     gpt2.FAMILY,
     llama.FAMILY,
+    gemma.FAMILY,
+    siglip.FAMILY,
     vit.FAMILY,
+    clip.FAMILY,
     xlnet.FAMILY,
 )

@@ -148,10 +148,11 @@ class Attributes:
         self._nested.append(inner)
         return inner
 
-    def submodel(self, name: str) -> "Attributes":
+    def submodel(self, name: str, *irrelevant: str) -> "Attributes":
         """Attributes of this object, the config of a part that is a model of its own (a tower of CLIP)."""
         inner = self.nested(name)
-        inner._irrelevant = IRRELEVANT
+        inner._irrelevant = IRRELEVANT | set(irrelevant)
+        inner.common()
         return inner
 
     def problem(self, message: str) -> None:

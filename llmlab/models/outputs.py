@@ -149,3 +149,22 @@ class PermutationOutput:
     """Mean cross-entropy over the counted labels plus the layers' own losses, when labels were given."""
     mems: Float[Array, "L B M D"] | None = None
     """Memory for the next segment, when one was given or asked for; without gradient."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PairOutput:
+    """What two towers that compare images with texts return."""
+
+    image_embeds: Float[Array, "I D"]
+    """Images in the common space, float32, of length one."""
+    text_embeds: Float[Array, "T D"]
+    """Texts in the common space, float32, of length one."""
+    logits_per_image: Float[Array, "I T"]
+    """Scaled cosines of every image with every text."""
+    logits_per_text: Float[Array, "T I"]
+    """The same, transposed."""
+    logit_scale: Float[Array, ""]
+    """What cosines were multiplied with: the inverse temperature."""
+    loss: Float[Array, ""] | None = None
+    """Symmetric cross-entropy, where there are as many images as texts: text i is image i's."""

@@ -138,7 +138,7 @@ class VisionTransformer(ModelConfig):
     image_size: int
     """Height and width of an image in pixels."""
     patch_size: int
-    """Height and width of a patch, a divisor of image_size."""
+    """Height and width of a patch. Pixels beyond the last whole patch are not seen (SigLIP: 384 = 27 * 14 + 6)."""
     channels: int = 3
     """Numbers a pixel has: 3 for colour, 1 for grey."""
     embed_dim: int
@@ -170,8 +170,8 @@ class VisionTransformer(ModelConfig):
         super().__post_init__()
         check_stack(self.pattern, self.num_layers, self.embed_dim)
         check_rate("embedding_dropout", self.embedding_dropout)
-        if self.patch_size < 1 or self.image_size % self.patch_size or self.image_size < 1:
-            raise ValueError(f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}")
+        if not 1 <= self.patch_size <= self.image_size:
+            raise ValueError(f"patch_size={self.patch_size} is not between 1 and image_size={self.image_size}")
         if self.head is not None and self.pooling is None:
             raise ValueError("a head needs a pooling: FirstToken() takes the class token, MeanTokens() the mean")
         if self.vocab_size is not None:
@@ -301,7 +301,8 @@ def patchify(pixel_values: Float[Array, "B height width C"], config: VisionTrans
             f"model takes {size} x {size} of {config.channels}; resize them, or transpose images with channels first"
         )
     grid = size // patch
-    tiles = pixel_values.reshape(-1, grid, patch, grid, patch, config.channels)
+    whole = pixel_values[:, : grid * patch, : grid * patch]
+    tiles = whole.reshape(-1, grid, patch, grid, patch, config.channels)
     return tiles.transpose(0, 1, 3, 2, 4, 5).reshape(-1, grid * grid, patch, patch, config.channels)
 
 

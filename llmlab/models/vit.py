@@ -164,6 +164,7 @@ _TENSORS, _PATH = "vit.encoder.layer.{layer}", "stack.{layer}"
 
 WEIGHTS = WeightTable(
     prefix="vit.",
+    head="head",
     rows=(
         Row("vit.embeddings.cls_token", "class_token", Leading(2)),
         Row("vit.embeddings.position_embeddings", "position.table", Leading(1)),

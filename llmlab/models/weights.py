@@ -15,7 +15,7 @@ before anything is allocated, and reported in one error.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, Protocol, runtime_checkable
@@ -34,7 +34,8 @@ class Row:
     """One line of a table. Several names or paths go with a transform that splits or joins tensors."""
 
     tensor: str | tuple[str, ...]
-    """Name, or names, in the checkpoint; {layer} stands for the layer's number."""
+    """Name, or names, in the checkpoint; {layer} stands for the layer's number, {repeat} for that of its repeat of the
+    pattern."""
     path: str | tuple[str, ...]
     """Dotted path, or paths, of the parameter in llmlab; `stack.{layer}` stands for the layer's place in the stack."""
     transform: Transform = Identity()
@@ -51,6 +52,20 @@ def norm(tensor: str, path: str) -> tuple[Row, Row]:
     return Row(f"{tensor}.weight", f"{path}.scale"), Row(f"{tensor}.bias", f"{path}.bias")
 
 
+def part(rows: Sequence[Row], path: str, *, old: str = "", new: str = "") -> tuple[Row, ...]:
+    """The rows of a model that is a part of another one: tensors begin with `new` instead of `old`, and parameters lie
+    under `path`."""
+
+    def each(names: str | tuple[str, ...], move: Callable[[str], str]) -> str | tuple[str, ...]:
+        return move(names) if isinstance(names, str) else tuple(move(name) for name in names)
+
+    def moved(row: Row) -> Row:
+        tensor = each(row.tensor, lambda name: new + name.removeprefix(old))
+        return Row(tensor, each(row.path, lambda name: f"{path}.{name}"), row.transform)
+
+    return tuple(moved(row) for row in rows)
+
+
 @dataclass(frozen=True, kw_only=True)
 class WeightTable:
     """All rows of a family, and what else its checkpoints may hold."""
@@ -61,6 +76,8 @@ class WeightTable:
     """Beginning of names that checkpoints of the model without its head leave out."""
     tied: Mapping[str, str] = field(default_factory=dict)
     """Tensor that, in a model that ties it, is a copy of another: it may be absent, and must be equal if present."""
+    renamed: tuple[tuple[str, str], ...] = ()
+    """Beginnings of names in older checkpoints, and what stands there now."""
     ignored: tuple[str, ...] = ()
     """Names of what checkpoints hold and nothing needs: masks, rotary frequencies, heads that the config names not."""
     unread: Mapping[str, str] = field(default_factory=dict)
@@ -247,6 +264,9 @@ def _bind_row(row: Row, layer: int, params: Params, leaves: Mapping[str, Any]) -
     if absent:
         raise ValueError(f"the model has {slots[0].path} but not {', '.join(absent)}; {row.tensor} needs all of them")
     patterns = tuple(name.replace("{layer}", str(layer)) for name in _tuple(row.tensor))
+    if any("{repeat}" in name for name in patterns):
+        period = _stack(params, _tuple(row.path)[0])[0]
+        patterns = tuple(name.replace("{repeat}", str(layer // period)) for name in patterns)
     shapes = tuple(slot.shape for slot in slots)
     return Link(row.transform.names(patterns, shapes), tuple(slots), row.transform)
 
@@ -286,8 +306,7 @@ def _resolve(table: WeightTable, links: Sequence[Link], source: TensorSource, wh
     problems: list[str] = []
     ignored = set(table.ignored)
     for name in source.tensors:
-        spelled = _today(table, name)
-        full = spelled if spelled in expected else table.prefix + spelled
+        full = next((known for known in _spellings(table, name) if known in expected), table.prefix + name)
         if full in expected:
             if full in sources:
                 problems.append(f"unexpected: {name}, since {sources[full]} is the same parameter")
@@ -313,12 +332,13 @@ def _resolve(table: WeightTable, links: Sequence[Link], source: TensorSource, wh
     return sources
 
 
-def _today(table: WeightTable, name: str) -> str:
-    """The name as the rows spell it."""
-    for old, new in table.synonyms.items():
-        if name.endswith(old):
-            return name.removesuffix(old) + new
-    return name
+def _spellings(table: WeightTable, name: str) -> Iterator[str]:
+    """What the rows may call a checkpoint's tensor."""
+    endings = ((old, new) for old, new in table.synonyms.items() if name.endswith(old))
+    today = next((name.removesuffix(old) + new for old, new in endings), name)
+    yield today
+    yield table.prefix + today
+    yield from (new + today.removeprefix(old) for old, new in table.renamed if today.startswith(old))
 
 
 def _misfits(name: str, info: TensorInfo, shape: Shape) -> list[str]:

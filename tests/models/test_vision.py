@@ -144,8 +144,8 @@ def test_sizes_that_do_not_fit_are_refused():
         model(jnp.zeros((1, 6, 8, 2)))
     with pytest.raises(ValueError, match="no head"):
         model(images(1), labels=jnp.array([1]))
-    with pytest.raises(ValueError, match="image_size=7 is not a multiple of patch_size=2"):
-        dataclasses.replace(TINY, image_size=7)
+    with pytest.raises(ValueError, match="patch_size=7 is not between 1 and image_size=6"):
+        dataclasses.replace(TINY, patch_size=7)
     with pytest.raises(ValueError, match="needs a pooling"):
         dataclasses.replace(TINY, pooling=None, head=ImageClassification(num_labels=2))
     with pytest.raises(ValueError, match="num_labels=1"):

@@ -62,7 +62,7 @@ def saved(name: str) -> str:
     """The name of a parameter in checkpoints."""
     for pattern, replacement in _SAVED.items():
         name = re.sub(pattern, replacement, name)
-    return name if name.startswith(("vit.", "classifier.")) else f"vit.{name}"
+    return name
 
 
 def config(**changes: Any) -> Any:
