@@ -9,16 +9,18 @@ def config() -> Experiment:
     )
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from llmlab.config import load, load_experiment_file, own_errors
 from llmlab.data import Data
+from llmlab.data.tasks import WAYS
+from llmlab.flags import concrete
 from llmlab.models.config import ModelConfig
 from llmlab.objectives import NextToken, Objective
 from llmlab.optim import Optimizer
 from llmlab.sharding.mesh import Mesh
-from llmlab.tokenizers import ByteLevelBPE, Bytes, SentencePiece, TokenizerConfig, WordPiece
+from llmlab.tokenizers import ByteLevelBPE, Bytes, SentencePiece, SpecialTokens, TokenizerConfig, WordPiece
 from llmlab.training.config import Train
 
 
@@ -49,6 +51,7 @@ class Experiment:
         With `num_devices`, also that mesh and batch fit that many devices. Raises ValueError listing every problem.
         """
         problems = [
+            *self._task_problems(),
             *self._length_problems(),
             *self._vocabulary_problems(),
             *self._schedule_problems(),
@@ -58,6 +61,28 @@ class Experiment:
             problems.append(f"initialize_from={self.initialize_from} is not a directory")
         if problems:
             raise ValueError("\n  ".join(["this experiment cannot run:", *problems]))
+
+    def _task_problems(self) -> list[str]:
+        """Whether data, objective and model are for each other. What is not llmlab's own is trusted."""
+        special, objective, task = _known_special(self.tokenizer), self.objective, self.data.task
+        problems = [f"data: {text}" for text in self.data.problems(special, self.train.sequence_length)]
+        name, data = type(objective).__name__, type(self.data).__name__
+        if objective.tasks and task in WAYS and task not in objective.tasks:
+            fitting = " or ".join(kind.__name__ for kind in concrete(Objective) if task in kind.tasks)
+            ways = "; ".join(WAYS[wanted] for wanted in objective.tasks if wanted in WAYS)
+            problems.append(
+                f"objective={name} learns from {' or '.join(objective.tasks)}, and data={data} gives {task}; use "
+                f"objective={fitting} for this data, or for this objective data={ways}"
+            )
+        known = self.model.objectives
+        own = type(objective).__module__.startswith("llmlab.")
+        if known and own and not {kind.__name__ for kind in type(objective).__mro__} & {*known}:
+            head = " with the head that it has" if "head" in {field.name for field in fields(self.model)} else ""
+            problems.append(
+                f"objective={name} cannot train model={type(self.model).__name__}{head}; it is trained by "
+                f"{' or '.join(known)}"
+            )
+        return problems
 
     def _length_problems(self) -> list[str]:
         length, longest = self.train.sequence_length, self.model.max_length
@@ -110,6 +135,14 @@ def _known_size(tokenizer: TokenizerConfig) -> int | None:
             return tokenizer.build().vocab_size
         case SentencePiece(path=None) | ByteLevelBPE() | WordPiece():
             return tokenizer.vocab_size
+    return None
+
+
+def _known_special(tokenizer: TokenizerConfig) -> SpecialTokens | None:
+    """The special tokens where the config alone tells them; data checks the others once they are known."""
+    match tokenizer:
+        case Bytes() | SentencePiece(path=None) | ByteLevelBPE() | WordPiece():
+            return tokenizer.special
     return None
 
 

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 from llmlab.config import config_hash, difference, save, to_json
 from llmlab.config import load as load_saved
 from llmlab.experiment import Experiment, read_experiment
+from llmlab.models.config import Transformer
+from llmlab.objectives import NextToken, PrefixLM
 from llmlab.training.directory import RunDirectory, write_json
 from llmlab.training.faults import Interrupted, Interruption, NonFiniteError
 from llmlab.training.metrics import read_metrics
@@ -286,7 +288,8 @@ def _train(
     )
     try:
         model, tokenizer, summary = session.run()
-        summary["sample"] = _sample(model, tokenizer)
+        if isinstance(experiment.model, Transformer) and isinstance(experiment.objective, NextToken | PrefixLM):
+            summary["sample"] = _sample(model, tokenizer)
     except Interrupted as error:
         finish("preempted" if error.signal == signal.SIGTERM else "interrupted", error.step)
         raise

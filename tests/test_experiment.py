@@ -5,22 +5,27 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 
 from llmlab import cli
 from llmlab.config import config_hash, difference, from_json, save, to_json
-from llmlab.data import Packed, TextFiles
+from llmlab.data import Packed, TextFiles, TokenMasking
+from llmlab.data.tasks import WAYS
 from llmlab.experiment import Experiment, read_experiment
-from llmlab.flags import entries, parse
+from llmlab.flags import concrete, entries, parse
+from llmlab.models import bert
 from llmlab.models.gpt2 import gpt2
+from llmlab.objectives import MaskedToken, NextToken, Objective
 from llmlab.optim import AdamW, Cosine
 from llmlab.sharding.mesh import Mesh
-from llmlab.tokenizers import Bytes, SentencePiece
+from llmlab.tokenizers import Bytes, SentencePiece, SpecialTokens
 from llmlab.training.config import Train
 
 FILE = """
-from llmlab.data import Packed, TextFiles
+from llmlab.data import Packed, TextFiles, TokenMasking
+from llmlab.data.tasks import WAYS
 from llmlab.experiment import Experiment
 from llmlab.models.gpt2 import gpt2
 from llmlab.optim import AdamW, Cosine
@@ -102,6 +107,55 @@ def test_only_devices_that_share_the_batch_count(experiment: Experiment) -> None
     assert problems(tensor, 8, batch_size=2) == []
     sharded = dataclasses.replace(experiment, mesh=Mesh(fsdp=4))
     assert "mesh data=2 x fsdp=4" in problems(sharded, 8, batch_size=4)[0]
+
+
+def with_parts(experiment: Experiment, **parts: Any) -> Experiment:
+    return dataclasses.replace(experiment, **parts)
+
+
+def test_an_objective_that_does_not_fit_the_data_is_refused_with_those_that_do(experiment: Experiment) -> None:
+    masked = dataclasses.replace(experiment.data, corruption=TokenMasking())
+    special = Bytes(special=SpecialTokens(mask="[MASK]"))
+    encoder = bert.bert(embed_dim=16, num_layers=2, num_heads=2)
+    sound = with_parts(experiment, data=masked, tokenizer=special, model=encoder, objective=MaskedToken())
+    assert problems(sound) == []
+    [problem] = problems(with_parts(sound, data=experiment.data))
+    assert "objective=MaskedToken learns from masked tokens or masked tokens and sentence pairs" in problem
+    assert "data=Packed gives next tokens; use objective=NextToken for this data" in problem
+    assert "Packed(..., corruption=TokenMasking())" in problem
+    [problem] = problems(with_parts(sound, tokenizer=Bytes()))
+    assert "data: TokenMasking puts the special tokens mask into rows" in problem
+    assert "tokenizer.special=SpecialTokens(mask='[MASK]', ...)" in problem
+
+
+def test_an_objective_that_cannot_train_the_model_is_refused_with_those_that_can(experiment: Experiment) -> None:
+    masked = dataclasses.replace(experiment.data, corruption=TokenMasking())
+    special = Bytes(special=SpecialTokens(mask="[MASK]"))
+    [problem] = problems(with_parts(experiment, data=masked, tokenizer=special, objective=MaskedToken()))
+    assert "objective=MaskedToken cannot train model=Transformer with the head that it has" in problem
+    assert "it is trained by NextToken or PrefixLM or BlankInfilling" in problem
+
+
+class Own(NextToken):
+    """An objective of the user's own: nobody knows what it can do."""
+
+    tasks: ClassVar[tuple[str, ...]] = ()
+
+
+def test_a_users_own_objective_is_trusted(experiment: Experiment) -> None:
+    masked = dataclasses.replace(experiment.data, corruption=TokenMasking())
+    special = Bytes(special=SpecialTokens(mask="[MASK]"))
+    assert problems(with_parts(experiment, data=masked, tokenizer=special, objective=Own())) == []
+
+
+def test_text_without_a_length_is_refused(experiment: Experiment) -> None:
+    changed = with_parts(experiment, train=dataclasses.replace(experiment.train, sequence_length=None))
+    assert problems(changed) == ["data: rows of text need a length: set train.sequence_length"]
+
+
+def test_every_task_of_an_objective_has_data_that_is_for_it() -> None:
+    tasks = [task for kind in concrete(Objective) for task in kind.tasks]
+    assert set(tasks) == set(WAYS)
 
 
 def test_every_problem_is_reported_at_once(experiment: Experiment) -> None:

@@ -12,6 +12,7 @@ from llmlab.data.corruption import Corruption
 from llmlab.data.mixing import check_weights
 from llmlab.data.sources import Report, Source
 from llmlab.data.splitting import text_hash, validation_below
+from llmlab.data.tasks import NEXT_TOKENS
 
 if TYPE_CHECKING:
     from llmlab.data.dataset import Dataset
@@ -102,7 +103,7 @@ class PackedText(Data):
 
     @property
     def task(self) -> str:
-        return "next tokens" if self.corruption is None else self.corruption.task
+        return NEXT_TOKENS if self.corruption is None else self.corruption.task
 
     def problems(self, special: "SpecialTokens | None", sequence_length: int | None) -> list[str]:
         if sequence_length is None:

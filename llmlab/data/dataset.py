@@ -222,6 +222,8 @@ class Dataset:
     baselines: Callable[[int], dict[str, float]]
     """Losses on the validation split, by name, of models that need no training. The argument is the number of parts
     that a batch is computed in (`train.accumulation`): where rows are compared with each other, it counts."""
+    num_labels: int | None = None
+    """Labels are below this, where rows are classified."""
     bytes_per_token: float | None = None
     """Bytes of text that a counted token of the validation split stands for, where the counted tokens are the text."""
     remarks: tuple[str, ...] = ()

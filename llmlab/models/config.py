@@ -78,6 +78,16 @@ class ModelConfig(abc.ABC):
     def max_length(self) -> int | None:
         """Longest sequence that the position table holds; None for no limit."""
 
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """Names of the objectives that can train it, head and all; () where it does not say."""
+        return ()
+
+    @property
+    def num_labels(self) -> int | None:
+        """How many classes its head tells apart; None where it has no such head."""
+        return None
+
     @abc.abstractmethod
     def flops(self, shapes: Shapes, *, training: bool = True) -> int:
         """Matmul FLOPs of one forward pass, or of forward and backward (three times that), over a batch.
@@ -173,6 +183,10 @@ class Transformer(ModelConfig):
     @property
     def max_length(self) -> int | None:
         return None if self.position is None else self.position.max_length
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        return ("NextToken", "PrefixLM", "BlankInfilling")
 
     def layers(self) -> tuple[Block, ...]:
         """The block of every layer, first to last."""

@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from llmlab.models.config import ModelConfig, Shapes, check_stack, layers_of, matmul_parameters
 from llmlab.models.decoder import auxiliary_losses, valid_tokens
-from llmlab.models.heads import EncoderHead, Inputs, MaskedLM, Pooler, PreTraining, Targets
+from llmlab.models.heads import EncoderHead, Inputs, Labelled, MaskedLM, Pooler, PreTraining, Targets
 from llmlab.models.outputs import EncoderOutput, Hidden, PreTrainingOutput, SequenceOutput, SpanOutput, TokenOutput
 from llmlab.nn.config import Auxiliary, Block, Context, Norm
 from llmlab.nn.dense import Dense
@@ -101,6 +101,15 @@ class Encoder(ModelConfig):
     @property
     def max_length(self) -> int | None:
         return None if self.position is None else self.position.max_length
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        of_head = () if self.head is None else self.head.objectives
+        return (*of_head, "SentenceContrastive")
+
+    @property
+    def num_labels(self) -> int | None:
+        return self.head.num_labels if isinstance(self.head, Labelled) else None
 
     @property
     def table_dim(self) -> int:

@@ -18,7 +18,7 @@ any encoder, of text or of images, can carry any of them.
 
 import abc
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -111,6 +111,9 @@ class PoolerLayer(nnx.Module):
 class EncoderHead(abc.ABC):
     """What an encoder answers."""
 
+    objectives: ClassVar[tuple[str, ...]] = ()
+    """Names of the objectives that can train it."""
+
     @abc.abstractmethod
     def build(self, inputs: Inputs, *, rngs: nnx.Rngs) -> nnx.Module:
         """Module `(states_BSD, pooled_BP, table_VE, targets, auxiliary, key=None) -> output`.
@@ -160,6 +163,8 @@ class TransformLayer(nnx.Module):
 @dataclass(frozen=True, kw_only=True)
 class MaskedLM(EncoderHead):
     """Scores every token over the vocabulary (Devlin et al. 2019, section 3.1)."""
+
+    objectives: ClassVar[tuple[str, ...]] = ("MaskedToken",)
 
     transform: Transform | None = Transform()
     """What is done to a state before it is scored."""
@@ -227,6 +232,8 @@ class MaskedLMHead(nnx.Module):
 @dataclass(frozen=True, kw_only=True)
 class PreTraining(MaskedLM):
     """BERT's pretraining: masked tokens, and whether the second sentence follows the first (section 3.1)."""
+
+    objectives: ClassVar[tuple[str, ...]] = ("MaskedTokenAndNextSentence", "MaskedToken")
 
     def build(self, inputs: Inputs, *, rngs: nnx.Rngs) -> "PreTrainingHead":
         return PreTrainingHead(self, inputs, rngs=rngs)
@@ -299,6 +306,8 @@ class Labelled(EncoderHead):
 @dataclass(frozen=True, kw_only=True)
 class SequenceClassification(Labelled):
     """Scores every row over labels (Devlin et al. 2019, section 4.1), or predicts numbers for it."""
+
+    objectives: ClassVar[tuple[str, ...]] = ("Classification",)
 
     pooler: Pooler | None = None
     """Summary of the row that is scored (RoBERTa, DistilBERT); None for the encoder's own pooled state (BERT), or for
@@ -375,6 +384,8 @@ class SequenceClassificationHead(nnx.Module):
 class TokenClassification(Labelled):
     """Scores every token over labels (Devlin et al. 2019, section 5.3: named entities)."""
 
+    objectives: ClassVar[tuple[str, ...]] = ("TokenClassification",)
+
     def build(self, inputs: Inputs, *, rngs: nnx.Rngs) -> "TokenClassificationHead":
         return TokenClassificationHead(self, inputs, rngs=rngs)
 
@@ -410,6 +421,8 @@ class TokenClassificationHead(nnx.Module):
 @dataclass(frozen=True, kw_only=True)
 class QuestionAnswering(EncoderHead):
     """Scores every token as the first and as the last of the answer (Devlin et al. 2019, section 4.2)."""
+
+    objectives: ClassVar[tuple[str, ...]] = ("QuestionAnswering",)
 
     dropout: float = 0.0
     """Dropout on the states."""

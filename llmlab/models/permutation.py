@@ -28,7 +28,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from llmlab.models.config import ModelConfig, Shapes, check_stack, layers_of
 from llmlab.models.decoder import auxiliary_losses
-from llmlab.models.heads import EncoderHead, Inputs, MaskedLM, MaskedLMHead, Targets
+from llmlab.models.heads import EncoderHead, Inputs, Labelled, MaskedLM, MaskedLMHead, Targets
 from llmlab.models.losses import mean_cross_entropy
 from llmlab.models.outputs import EncoderOutput, Hidden, PermutationOutput, SequenceOutput, SpanOutput, TokenOutput
 from llmlab.nn.config import Auxiliary, Block, Memory
@@ -90,6 +90,16 @@ class PermutationTransformer(ModelConfig):
     @property
     def max_length(self) -> None:
         return None
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        if self.head is None:
+            return ()
+        return ("Permutation",) if isinstance(self.head, MaskedLM) else self.head.objectives
+
+    @property
+    def num_labels(self) -> int | None:
+        return self.head.num_labels if isinstance(self.head, Labelled) else None
 
     def layers(self) -> tuple[Block, ...]:
         """The block of every layer, first to last."""

@@ -191,6 +191,14 @@ class VisionTransformer(ModelConfig):
     def max_length(self) -> int | None:
         return None
 
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        return () if self.head is None else ("Classification",)
+
+    @property
+    def num_labels(self) -> int | None:
+        return None if self.head is None else self.head.num_labels
+
     def layers(self) -> tuple[Block, ...]:
         """The block of every layer, first to last."""
         return layers_of(self.pattern, self.num_layers)

@@ -59,8 +59,10 @@ class Session:
         dataset = self._dataset(tokenizer)
         # Counting takes a second per 10 million tokens: beside everything else.
         counted = in_background(lambda: dataset.baselines(self.experiment.train.accumulation))
+        model = self.experiment.model.with_vocabulary(tokenizer.vocab_size)
+        _check_labels(model.num_labels, dataset.num_labels)
         program = Program.build(
-            self.experiment.model.with_vocabulary(tokenizer.vocab_size),
+            model,
             self.experiment.objective,
             self.experiment.optimizer,
             self.experiment.mesh.build(jax.devices()),
@@ -217,6 +219,13 @@ class Session:
             summary["mfu"] = summary["model_flops_per_second"] / speed.peak.flops_per_second
             summary["mfu_convention"] = f"MFU of {speed.peak.source}; {FLOP_CONVENTION}"
         return summary
+
+
+def _check_labels(of_model: int | None, of_data: int | None) -> None:
+    if of_model is not None and of_data is not None and of_model < of_data:
+        raise ValueError(
+            f"model.head.num_labels={of_model} is less than the data's {of_data} labels; use at least {of_data}"
+        )
 
 
 def _devices(mesh: jax.sharding.Mesh) -> str:
