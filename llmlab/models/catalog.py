@@ -1,6 +1,7 @@
 """Every architecture family of llmlab, in one list."""
 
 from llmlab.models import (
+    bart,
     bert,
     clip,
     distilbert,
@@ -8,8 +9,11 @@ from llmlab.models import (
     gpt2,
     llama,
     longformer,
+    mbart,
+    mt5,
     roberta,
     siglip,
+    t5,
     vit,
     xlnet,
 )
@@ -27,4 +31,8 @@ FAMILIES: tuple[Family, ...] = (
     vit.FAMILY,
     clip.FAMILY,
     xlnet.FAMILY,
+    t5.FAMILY,
+    mt5.FAMILY,
+    bart.FAMILY,
+    mbart.FAMILY,
 )

@@ -1,6 +1,6 @@
 """An architecture family as an entry of the catalogue: where it comes from, its sizes, its way to Hugging Face."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,8 @@ class HuggingFace:
     """Which tensor is which parameter."""
     config: type[ModelConfig] = Transformer
     """Class of the configs that `to_hf` takes."""
+    amended: Callable[[dict[str, Any], Collection[str]], dict[str, Any]] | None = None
+    """The config with what only the names of the checkpoint's tensors tell, where its own words do not."""
 
 
 @dataclass(frozen=True, kw_only=True)

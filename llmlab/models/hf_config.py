@@ -11,8 +11,9 @@ from collections.abc import Collection, Mapping
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from llmlab.models.config import ModelConfig
+from llmlab.models.encoder_decoder import EncoderDecoder, Side
 from llmlab.nn.attention import Attention
-from llmlab.nn.config import Block
+from llmlab.nn.config import Block, Mixer
 from llmlab.nn.feed_forward import Activation
 from llmlab.nn.stack import Execution
 
@@ -251,13 +252,15 @@ class Layered(Protocol):
         ...
 
 
-def block_of(model: Layered, family: str) -> Block:
-    """The one block that all layers of a model share.
+def block_of(model: Layered | Side, family: str, embed_dim: int | None = None) -> Block:
+    """The one block that all layers of a model, or of one side of it (`embed_dim` wide), share.
 
     Raises:
         ValueError: layers differ, which no family of identical layers can express.
     """
-    layers = [canonical_block(block, model.embed_dim) for block in model.layers()]
+    dim = embed_dim if isinstance(model, Side) else model.embed_dim
+    assert dim is not None
+    layers = [canonical_block(block, dim) for block in model.layers()]
     different = [str(i) for i, block in enumerate(layers) if block != layers[0]]
     if different:
         raise ValueError(f"{family} has identical layers; these differ from layer 0: {', '.join(different)}")
@@ -295,17 +298,21 @@ def differences(first: Any, second: Any, path: str = "") -> list[tuple[str, Any,
 
 def canonical_block(block: Block, dim: int) -> Block:
     """The block with defaults that depend on others spelled out, and without what changes no result."""
-    mixer = block.mixer
-    if isinstance(mixer, Attention) and (mixer.head_dim is not None or dim % mixer.num_heads == 0):
-        head_dim = mixer.resolved_head_dim(dim)
-        mixer = dataclasses.replace(
-            mixer,
-            num_kv_heads=mixer.num_kv_heads or mixer.num_heads,
-            head_dim=head_dim,
-            scale=1 / math.sqrt(head_dim) if mixer.scale is None else mixer.scale,
-            kernel="auto",
-        )
-    return dataclasses.replace(block, mixer=mixer)
+    cross = None if block.cross is None else _canonical_mixer(block.cross, dim)
+    return dataclasses.replace(block, mixer=_canonical_mixer(block.mixer, dim), cross=cross)
+
+
+def _canonical_mixer(mixer: Mixer, dim: int) -> Mixer:
+    if not isinstance(mixer, Attention) or (mixer.head_dim is None and dim % mixer.num_heads):
+        return mixer
+    head_dim = mixer.resolved_head_dim(dim)
+    return dataclasses.replace(
+        mixer,
+        num_kv_heads=mixer.num_kv_heads or mixer.num_heads,
+        head_dim=head_dim,
+        scale=1 / math.sqrt(head_dim) if mixer.scale is None else mixer.scale,
+        kernel="auto",
+    )
 
 
 def _canonical(model: ModelConfig) -> ModelConfig:
@@ -315,4 +322,8 @@ def _canonical(model: ModelConfig) -> ModelConfig:
         changes["pattern"] = (canonical_block(model.layers()[0], model.embed_dim),)
     names = [field.name for field in dataclasses.fields(model)]
     parts = {name: _canonical(part) for name in names if isinstance(part := getattr(model, name), ModelConfig)}
+    if isinstance(model, EncoderDecoder):
+        for name, side in (("encoder", model.encoder), ("decoder", model.decoder)):
+            block = canonical_block(side.layers()[0], model.embed_dim)
+            changes[name] = dataclasses.replace(side, pattern=(block,))
     return dataclasses.replace(model, **parts, **{name: value for name, value in changes.items() if name in names})

@@ -112,7 +112,11 @@ def _read_config(root: Path) -> tuple[HuggingFace, dict[str, Any]]:
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(f"{root / CONFIG} has model_type {model_type!r}; implemented are {', '.join(FAMILIES)}")
-    return FAMILIES[model_type], config
+    family = FAMILIES[model_type]
+    if family.amended is not None:
+        with Checkpoint(root) as checkpoint:
+            config = family.amended(config, checkpoint.tensors.keys())
+    return family, config
 
 
 def _express(model: ModelConfig, model_type: str | None) -> tuple[HuggingFace, dict[str, Any]]:

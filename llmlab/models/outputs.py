@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import jax
 from jaxtyping import Array, Float
 
-from llmlab.nn.config import Auxiliary, Cache
+from llmlab.nn.config import Auxiliary, Cache, LayerCache
 
 
 @jax.tree_util.register_dataclass
@@ -15,7 +15,7 @@ class Hidden:
 
     states: Float[Array, "B S D"]
     """Input of the head."""
-    cache: tuple[Cache, ...] | None = None
+    cache: tuple[Cache | LayerCache, ...] | None = None
     """Keys and values with this call's positions stored, when a cache was given."""
     auxiliary: Auxiliary = field(default_factory=dict)
     """What the layers report, every array with a leading dimension of layers."""
@@ -32,10 +32,27 @@ class CausalOutput:
     """Input of the head."""
     loss: Float[Array, ""] | None = None
     """Mean cross-entropy over the counted labels plus the layers' own losses, when labels were given."""
-    cache: tuple[Cache, ...] | None = None
+    cache: tuple[Cache | LayerCache, ...] | None = None
     """Keys and values with this call's positions stored, when a cache was given."""
     auxiliary: Auxiliary = field(default_factory=dict)
     """What the layers report, every array with a leading dimension of layers."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class EncoderDecoderOutput:
+    """What an encoder-decoder returns."""
+
+    logits: Float[Array, "B S V"]
+    """Scores of the next target token, float32."""
+    last_hidden_state: Float[Array, "B S D"]
+    """The decoder's output, input of the head."""
+    encoder_last_hidden_state: Float[Array, "B T D"]
+    """The encoder's output, which cross-attention looks at."""
+    loss: Float[Array, ""] | None = None
+    """Mean cross-entropy over the counted labels plus the layers' own losses, when labels were given."""
+    auxiliary: Auxiliary = field(default_factory=dict)
+    """What the layers report, by side and name, every array with a leading dimension of layers."""
 
 
 @jax.tree_util.register_dataclass

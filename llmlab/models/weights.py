@@ -40,6 +40,10 @@ class Row:
     """Dotted path, or paths, of the parameter in llmlab; `stack.{layer}` stands for the layer's place in the stack."""
     transform: Transform = Identity()
     """How one becomes the other."""
+    requires: str | None = None
+    """Path of a parameter beside it without which the row does not apply (T5's name of `up` beside a gate)."""
+    excludes: str | None = None
+    """Path of a parameter beside which the row does not apply."""
 
 
 def linear(tensor: str, path: str, kernel: One = Linear(), bias: One = Vector()) -> tuple[Row, Row]:  # noqa: B008  frozen
@@ -78,6 +82,8 @@ class WeightTable:
     """Tensor that, in a model that ties it, is a copy of another: it may be absent, and must be equal if present."""
     renamed: tuple[tuple[str, str], ...] = ()
     """Beginnings of names in older checkpoints, and what stands there now."""
+    zeros: tuple[str, ...] = ()
+    """Tensors that may be absent, and are zero then: buffers that older checkpoints leave out."""
     ignored: tuple[str, ...] = ()
     """Names of what checkpoints hold and nothing needs: masks, rotary frequencies, heads that the config names not."""
     unread: Mapping[str, str] = field(default_factory=dict)
@@ -250,6 +256,9 @@ def _locate(path: str, layer: int, params: Params) -> tuple[str, int | None]:
 
 
 def _bind_row(row: Row, layer: int, params: Params, leaves: Mapping[str, Any]) -> Link | None:
+    for other, wanted in ((row.requires, True), (row.excludes, False)):
+        if other is not None and (_locate(other, layer, params)[0] in leaves) is not wanted:
+            return None
     slots: list[Slot] = []
     absent: list[str] = []
     for path in _tuple(row.path):
@@ -311,8 +320,8 @@ def _resolve(table: WeightTable, links: Sequence[Link], source: TensorSource, wh
             if full in sources:
                 problems.append(f"unexpected: {name}, since {sources[full]} is the same parameter")
             sources.setdefault(full, name)
-        elif name in table.tied and table.tied[name] in expected:
-            copies.append((name, table.tied[name]))
+        elif (original := table.tied.get(name, table.tied.get(full))) in expected:
+            copies.append((name, original))
         elif name in table.unread and table.unread[name] in expected:
             continue
         elif _pattern(full) not in ignored and _pattern(name) not in ignored:
@@ -320,7 +329,7 @@ def _resolve(table: WeightTable, links: Sequence[Link], source: TensorSource, wh
     for copy, original in copies:
         sources.setdefault(original, copy)
     for name, shape in expected.items():
-        if name not in sources:
+        if name not in sources and name not in table.zeros:
             problems.append(f"missing: {name}, shape {shape}")
     for name, original in (*((source_name, name) for name, source_name in sources.items()), *copies):
         problems += _misfits(name, source.tensors[name], expected[original])
@@ -372,7 +381,12 @@ def _stream(
     for paths, members in groups.items():
         arrays = {path: np.empty(leaves[path].shape, np.float32) for path in paths}
         for link in members:
-            tensors = tuple(source.read(sources[name]).astype(np.float32, copy=False) for name in link.names)
+            tensors = tuple(
+                source.read(sources[name]).astype(np.float32, copy=False)
+                if name in sources
+                else np.zeros(shape, np.float32)
+                for name, shape in link.tensors().items()
+            )
             for slot, leaf in zip(link.slots, link.transform.to_leaves(tensors, link.shapes), strict=True):
                 arrays[slot.path][... if slot.index is None else slot.index] = leaf
         yield from arrays.items()

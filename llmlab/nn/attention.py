@@ -31,6 +31,15 @@ from llmlab.nn.positions import BiasPosition, QueryKeyPosition
 from llmlab.sharding import shard
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class MemoryCache:
+    """Keys and values that one cross-attention layer computed of the memory."""
+
+    key_BTKH: Float[Array, "B T K H"]
+    value_BTKH: Float[Array, "B T K H"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Attention(Mixer):
     """Self-attention: multi-head, grouped-query or multi-query by the number of key/value heads."""
@@ -110,7 +119,9 @@ class AttentionLayer(nnx.Module):
         kv_heads = (("kv_heads", num_kv_heads), ("head_dim", head_dim))
         self.config = config
         self.scale = 1 / math.sqrt(head_dim) if config.scale is None else config.scale
-        self.query = Dense(embed, heads, bias=config.bias, rngs=rngs)
+        # A scale above 1/sqrt(H) (T5: 1) wants smaller queries at the start, for logits of the same size.
+        gain = min(1.0, 1 / (self.scale * math.sqrt(head_dim)))
+        self.query = Dense(embed, heads, bias=config.bias, rngs=rngs, gain=gain)
         self.key = Dense(embed, kv_heads, bias=config.bias, rngs=rngs)
         self.value = Dense(embed, kv_heads, bias=config.bias, rngs=rngs)
         self.output = Dense(heads, embed, bias=config.output_bias, rngs=rngs, gain=1 / math.sqrt(2 * depth))
@@ -145,12 +156,14 @@ class AttentionLayer(nnx.Module):
         self, x_BSD: Float[Array, "B S D"], source_BTD: Float[Array, "B T D"]
     ) -> tuple[Float[Array, "B S N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
         """Queries of x, keys and values of the source, normalised per head where the config says so."""
-        q_BSNH = shard(self.query(x_BSD), "batch", "sequence", "heads", "head_dim")
         k_BTKH = shard(self.key(source_BTD), "batch", "sequence", "kv_heads", "head_dim")
         v_BTKH = shard(self.value(source_BTD), "batch", "sequence", "kv_heads", "head_dim")
-        if self.norm_query is not None and self.norm_key is not None:
-            q_BSNH, k_BTKH = self.norm_query(q_BSNH), self.norm_key(k_BTKH)
-        return q_BSNH, k_BTKH, v_BTKH
+        return self.queries(x_BSD), k_BTKH if self.norm_key is None else self.norm_key(k_BTKH), v_BTKH
+
+    def queries(self, x_BSD: Float[Array, "B S D"]) -> Float[Array, "B S N H"]:
+        """Queries of x, normalised per head where the config says so."""
+        q_BSNH = shard(self.query(x_BSD), "batch", "sequence", "heads", "head_dim")
+        return q_BSNH if self.norm_query is None else self.norm_query(q_BSNH)
 
     def attend(
         self,
@@ -180,16 +193,26 @@ class AttentionLayer(nnx.Module):
 
 
 class CrossAttentionLayer(AttentionLayer):
-    """See CrossAttention."""
+    """See CrossAttention. With a MemoryCache, a call that is given the memory stores its keys and values; later ones
+    read them there."""
 
     def __call__(
         self,
         x_BSD: Float[Array, "B S D"],
         context: Context,
         key: jax.Array | None = None,
-        cache: Cache | None = None,
-    ) -> tuple[Float[Array, "B S D"], Cache | None]:
-        if context.memory is None:
-            raise ValueError("cross-attention needs encoder states: pass them as context.memory")
+        cache: Any = None,
+    ) -> tuple[Float[Array, "B S D"], Any]:
         mask = Full() if context.memory_mask is None else context.memory_mask
-        return self.attend(*self.project(x_BSD, context.memory), mask, key), cache
+        if context.memory is not None:
+            q_BSNH, k_BTKH, v_BTKH = self.project(x_BSD, context.memory)
+            if cache is not None:
+                cache = MemoryCache(k_BTKH.astype(cache.key_BTKH.dtype), v_BTKH.astype(cache.value_BTKH.dtype))
+        elif cache is not None:
+            q_BSNH, k_BTKH, v_BTKH = (
+                self.queries(x_BSD),
+                *(stored.astype(x_BSD.dtype) for stored in (cache.key_BTKH, cache.value_BTKH)),
+            )
+        else:
+            raise ValueError("cross-attention needs encoder states: pass them as context.memory")
+        return self.attend(q_BSNH, k_BTKH, v_BTKH, mask, key), cache

@@ -41,6 +41,17 @@ class Memory:
     """Earliest first; the layer's input of that time."""
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DecoderLayerCache:
+    """What a layer with cross-attention remembers."""
+
+    mixer: Cache
+    """Keys and values of its own sequence."""
+    cross: Any
+    """Keys and values of the encoder's states (nn.attention.MemoryCache)."""
+
+
 LayerCache = Any
 """What one layer carries from one call to the next: a Cache, a Memory, whatever its mixer takes."""
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from llmlab.nn.config import Auxiliary, Block, Context, LayerCache, Wiring
+from llmlab.nn.config import Auxiliary, Block, Context, DecoderLayerCache, LayerCache, Wiring
 from llmlab.nn.dropout import dropout, split_key
 
 Output = tuple[Float[Array, "B S D"], LayerCache | None, Auxiliary]
@@ -154,10 +154,12 @@ class SerialLayer(nnx.Module):
         cache: LayerCache | None = None,
     ) -> Output:
         key_mixer, key_cross, key_ffn, drop_mixer, drop_cross, drop_ffn = split_key(key, 6)
-        x_BSD, cache = self.mixer_branch(lambda h: self.mixer(h, context, key_mixer, cache), x_BSD, drop_mixer)
+        own, of_memory = (cache.mixer, cache.cross) if isinstance(cache, DecoderLayerCache) else (cache, None)
+        x_BSD, own = self.mixer_branch(lambda h: self.mixer(h, context, key_mixer, own), x_BSD, drop_mixer)
         if self.cross is not None and self.cross_branch is not None:
             cross = self.cross
-            x_BSD, _ = self.cross_branch(lambda h: cross(h, context, key_cross), x_BSD, drop_cross)
+            x_BSD, of_memory = self.cross_branch(lambda h: cross(h, context, key_cross, of_memory), x_BSD, drop_cross)
+        cache = DecoderLayerCache(own, of_memory) if isinstance(cache, DecoderLayerCache) else own
         x_BSD, auxiliary = self.ffn_branch(lambda h: self.ffn(h, context, key_ffn), x_BSD, drop_ffn)
         return x_BSD, cache, auxiliary
 

@@ -64,6 +64,8 @@ class Case:
     """Attention implementation that transformers uses."""
     equal: Mapping[str, str] = field(default_factory=dict)
     """Parameter that nothing reads -> the one that it is set to, as checkpoints of older versions have it."""
+    prepared: Callable[[Any], Any] = lambda model: model
+    """Changes the model of transformers, its random weights drawn, where its class cannot be asked to (untie)."""
     std: float = 0.3
     """Size of the random weights: logits of size one, attention that is neither flat nor one-hot."""
 
@@ -125,6 +127,27 @@ def masked(vocab_size: int, seed: int = 0, **options: Any) -> Inputs:
     return inputs | {"labels": labels}
 
 
+def sequence_to_sequence(
+    vocab_size: int, seed: int = 0, *, low: int = 0, pad_id: int = 0, start_id: int | None = 0, shifted: bool = False
+) -> Inputs:
+    """Source and target of other lengths, the source padded on both sides (rows as in ROWS), the target on the right.
+
+    With `shifted`, no decoder inputs: the model is to shift the labels, which are real tokens above `pad_id` then.
+    """
+    source = tokens(vocab_size, seed, low=low, pad_id=pad_id)
+    rng = np.random.default_rng(seed + 1)
+    labels = rng.integers(low, vocab_size, (len(ROWS), SEQUENCE - 3)).astype(np.int32)
+    mask = np.zeros_like(labels)
+    for row, real in enumerate((SEQUENCE - 3, 5, 7)):
+        mask[row, :real] = 1
+        labels[row, real:] = -100
+    if shifted:
+        return source | {"labels": labels}
+    first = labels[:, :1] * 0 + (start_id or 0)
+    target = np.concatenate([first, np.where(labels == -100, pad_id, labels)[:, :-1]], axis=1).astype(np.int32)
+    return source | {"decoder_input_ids": target, "decoder_attention_mask": mask, "labels": labels}
+
+
 def randomised(model: Any, seed: int, std: float = 0.3) -> Any:
     """The model with every parameter drawn: gains of one and biases of zero would hide mistakes."""
     import torch
@@ -145,7 +168,7 @@ def build(case: Case, seed: int) -> Any:
     model = randomised(getattr(transformers, case.model)(case.config), seed, case.std)
     for copy, original in case.equal.items():
         model.get_parameter(copy).data = model.get_parameter(original).data.clone()
-    return model
+    return case.prepared(model)
 
 
 def opened(case: Case, directory: Path) -> Any:

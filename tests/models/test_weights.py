@@ -278,3 +278,31 @@ def test_old_names_are_read():
     scale = draw(3)
     source = Memory(**{"body.norm.gamma": scale})
     np.testing.assert_array_equal(loaded(headed(), {"norm": {"scale": scale}}, source)["norm.scale"], scale)
+
+
+def test_a_row_may_depend_on_the_parameter_beside_it():
+    table = WeightTable(
+        rows=(
+            Row("wi", "up", excludes="gate"),
+            Row("wi_0", "gate"),
+            Row("wi_1", "up", requires="gate"),
+        )
+    )
+    plain, gated = {"up": draw(2, 3)}, {"up": draw(2, 3), "gate": draw(2, 3, seed=1)}
+    assert tensor_shapes(table, plain) == {"wi": (2, 3)}
+    assert tensor_shapes(table, gated) == {"wi_0": (2, 3), "wi_1": (2, 3)}
+    np.testing.assert_array_equal(loaded(table, gated, Memory(**dict(dump(table, gated))))["up"], gated["up"])
+
+
+def test_a_buffer_that_older_checkpoints_leave_out_is_zero_without_them():
+    table = WeightTable(rows=(Row("w", "w"), Row("constant", "constant")), zeros=("constant",))
+    params = {"w": draw(2), "constant": draw(3)}
+    np.testing.assert_array_equal(loaded(table, params, Memory(w=params["w"]))["constant"], np.zeros(3))
+    source = Memory(w=params["w"], constant=params["constant"])
+    np.testing.assert_array_equal(loaded(table, params, source)["constant"], params["constant"])
+
+
+def test_copies_of_a_tied_tensor_may_lack_the_prefix():
+    table = WeightTable(prefix="model.", tied={"model.tokens": "model.shared"}, rows=(Row("model.shared", "table"),))
+    source = Memory(shared=draw(2), tokens=draw(2))
+    np.testing.assert_array_equal(loaded(table, {"table": draw(2)}, source)["table"], draw(2))
