@@ -4,11 +4,13 @@
     RMSNorm     y = g x / sqrt(mean(x^2) + eps)                   Zhang and Sennrich 2019 (1910.07467)
     BatchNorm   as LayerNorm, mean and var over the tokens of the batch instead of the embedding
                                                                   Ioffe and Szegedy 2015 (1502.03167)
+    NoNorm      y = g x + b                                       Sun et al. 2020 (2004.02984, MobileBERT)
 
 LayerNorm and RMSNorm look at one token and cost O(D) a token, bound by memory traffic. RMSNorm drops the mean and
 the bias, one pass less, at no measured loss of quality. BatchNorm makes a token's output depend on the other tokens
 of the batch, future ones included; it is here for the classic comparison, not for language models that must be
-causal. All statistics are computed in float32 whatever the input's dtype.
+causal. NoNorm has no statistics to wait for, for small devices; it trains only where a normalised teacher holds the
+states in place. All statistics are computed in float32 whatever the input's dtype.
 """
 
 from dataclasses import dataclass
@@ -58,6 +60,25 @@ class BatchNorm(Norm):
 
     def build(self, dim: int, *, rngs: nnx.Rngs) -> "BatchNormLayer":
         return BatchNormLayer(self, dim)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoNorm(Norm):
+    """A gain and a shift per channel in a norm's place (Sun et al. 2020, section 3.4)."""
+
+    def build(self, dim: int, *, rngs: nnx.Rngs) -> "NoNormLayer":
+        return NoNormLayer(dim)
+
+
+class NoNormLayer(nnx.Module):
+    """See NoNorm."""
+
+    def __init__(self, dim: int) -> None:
+        self.scale = nnx.Param(jnp.ones(dim), axes=("embed",))
+        self.bias = nnx.Param(jnp.zeros(dim), axes=("embed",))
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        return x * self.scale[...] + self.bias[...]
 
 
 class LayerNormLayer(nnx.Module):
