@@ -185,3 +185,20 @@ class PairOutput:
     """What cosines were multiplied with: the inverse temperature."""
     loss: Float[Array, ""] | None = None
     """Symmetric cross-entropy, where there are as many images as texts: text i is image i's."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class VisionLanguageOutput:
+    """What a language model that sees images returns."""
+
+    logits: Float[Array, "B S V"]
+    """Scores of the next token, float32."""
+    last_hidden_state: Float[Array, "B S D"]
+    """Input of the head."""
+    image_hidden_states: Float[Array, "I N E"]
+    """States of all images' tokens, as the language model sees them."""
+    loss: Float[Array, ""] | None = None
+    """Mean cross-entropy over the counted labels plus the layers' own losses, when labels were given."""
+    auxiliary: Auxiliary = field(default_factory=dict)
+    """What the layers report, every array with a leading dimension of layers."""

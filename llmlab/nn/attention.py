@@ -85,6 +85,10 @@ class Attention(Mixer):
     def build(self, dim: int, *, rngs: nnx.Rngs, depth: int = 1) -> "AttentionLayer":
         return AttentionLayer(self, dim, rngs=rngs, depth=depth)
 
+    def source_dim(self, dim: int) -> int:
+        """Width of what keys and values are made of, in a model of width `dim`."""
+        return dim
+
     def context_flops(self, dim: int, sequence_length: int) -> int:
         seen = sequence_length if self.window is None else min(self.window, sequence_length)
         return 4 * self.num_heads * self.resolved_head_dim(dim) * seen
@@ -93,6 +97,12 @@ class Attention(Mixer):
 @dataclass(frozen=True, kw_only=True)
 class CrossAttention(Attention):
     """Attention whose keys and values come from an encoder's output (`context.memory`)."""
+
+    memory_dim: int | None = None
+    """Width of that output; None for the model's own."""
+
+    def source_dim(self, dim: int) -> int:
+        return self.memory_dim or dim
 
     def build(self, dim: int, *, rngs: nnx.Rngs, depth: int = 1) -> "CrossAttentionLayer":
         return CrossAttentionLayer(self, dim, rngs=rngs, depth=depth)
@@ -114,7 +124,7 @@ class AttentionLayer(nnx.Module):
     def __init__(self, config: Attention, dim: int, *, rngs: nnx.Rngs, depth: int = 1) -> None:
         head_dim = config.resolved_head_dim(dim)
         num_kv_heads = config.num_kv_heads or config.num_heads
-        embed = (("embed", dim),)
+        embed, source = (("embed", dim),), (("embed", config.source_dim(dim)),)
         heads = (("heads", config.num_heads), ("head_dim", head_dim))
         kv_heads = (("kv_heads", num_kv_heads), ("head_dim", head_dim))
         self.config = config
@@ -122,8 +132,8 @@ class AttentionLayer(nnx.Module):
         # A scale above 1/sqrt(H) (T5: 1) wants smaller queries at the start, for logits of the same size.
         gain = min(1.0, 1 / (self.scale * math.sqrt(head_dim)))
         self.query = Dense(embed, heads, bias=config.bias, rngs=rngs, gain=gain)
-        self.key = Dense(embed, kv_heads, bias=config.bias, rngs=rngs)
-        self.value = Dense(embed, kv_heads, bias=config.bias, rngs=rngs)
+        self.key = Dense(source, kv_heads, bias=config.bias, rngs=rngs)
+        self.value = Dense(source, kv_heads, bias=config.bias, rngs=rngs)
         self.output = Dense(heads, embed, bias=config.output_bias, rngs=rngs, gain=1 / math.sqrt(2 * depth))
         self.norm_query = config.qk_norm.build(head_dim, rngs=rngs) if config.qk_norm else None
         self.norm_key = config.qk_norm.build(head_dim, rngs=rngs) if config.qk_norm else None

@@ -8,6 +8,7 @@ terms allow.
     Causal               keys up to the query's own index
     SlidingWindow        keys within a distance on each side             (Beltagy et al. 2020, 2004.05150)
     Prefix               Causal, but everyone sees the first `length`    (Raffel et al. 2020, 1910.10683, figure 4)
+    Marked               Causal, but marked tokens see each other       (the same, wherever the prefix stands)
     Padding              keys that are real tokens
     Segments             keys of the query's own document                (packing several documents in one row)
 
@@ -135,6 +136,19 @@ class Prefix(Mask):
     def allowed(self, query_index: Index, kv_index: Index) -> Bool[Array, "B S T"]:
         query, kv = _pair(query_index, kv_index)
         return jnp.asarray(kv <= query) | (kv < self.length_B[:, None, None])
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Marked(Mask):
+    """Causal, but the marked tokens of a row all see each other, wherever they stand: a prefix after padding."""
+
+    marked_BS: Bool[Array, "B S"]
+
+    def allowed(self, query_index: Index, kv_index: Index) -> Bool[Array, "B S T"]:
+        query, kv = _pair(query_index, kv_index)
+        both = _take(self.marked_BS, query_index)[:, :, None] & _take(self.marked_BS, kv_index)[:, None, :]
+        return jnp.asarray(kv <= query) | both
 
 
 @jax.tree_util.register_dataclass

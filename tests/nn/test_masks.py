@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmlab.nn.masks import All, Causal, Full, Mask, Padding, Prefix, Segments, SlidingWindow, Visibility
+from llmlab.nn.masks import All, Causal, Full, Marked, Mask, Padding, Prefix, Segments, SlidingWindow, Visibility
 
 ROWS, QUERIES, KEYS = 2, 6, 7
 SEGMENT_Q = np.array([[1, 1, 2, 2, 3, 3], [1, 2, 2, 2, 2, 9]])
@@ -23,6 +23,7 @@ RULES = {
     "window": (SlidingWindow(2, 1), lambda b, q, k: q - 2 <= k <= q + 1),
     "left window": (SlidingWindow(left=2), lambda b, q, k: q - 2 <= k),
     "prefix": (Prefix(jnp.array([3, 0])), lambda b, q, k: k < (3, 0)[b] or k <= q),
+    "marked": (Marked(jnp.array(REAL)), lambda b, q, k: k <= q or (REAL[b, q] and REAL[b, k])),
     "padding": (Padding(jnp.array(REAL)), lambda b, q, k: REAL[b, k]),
     "segments": (
         Segments(jnp.array(SEGMENT_Q), jnp.array(SEGMENT_K)),
