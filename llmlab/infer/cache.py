@@ -11,7 +11,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from llmlab.models.config import Transformer
-from llmlab.nn.attention import Attention
+from llmlab.models.encoder_decoder import EncoderDecoder
+from llmlab.nn.attention import Attention, MemoryCache
+from llmlab.nn.config import DecoderLayerCache, Mixer
 
 
 @jax.tree_util.register_dataclass
@@ -53,11 +55,36 @@ def new_cache(
     Raises:
         ValueError: a layer's mixer is not attention.
     """
+    return tuple(
+        KVCache(*_slots(block.mixer, config.embed_dim, batch_size, length, dtype, number))
+        for number, block in enumerate(config.layers())
+    )
+
+
+def new_decoder_cache(
+    config: EncoderDecoder,
+    batch_size: int,
+    length: int,
+    memory_length: int,
+    dtype: jnp.dtype | type = jnp.float32,
+) -> tuple[DecoderLayerCache, ...]:
+    """Empty caches of a decoder that looks at `memory_length` encoder states, one per layer.
+
+    Raises:
+        ValueError: a layer's mixer is not attention.
+    """
     caches = []
-    for number, block in enumerate(config.layers()):
-        mixer = block.mixer
-        if not isinstance(mixer, Attention):
-            raise ValueError(f"layer {number} mixes with {type(mixer).__name__}, which has no key/value cache")
-        shape = (batch_size, length, mixer.num_kv_heads or mixer.num_heads, mixer.resolved_head_dim(config.embed_dim))
-        caches.append(KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)))
+    for number, block in enumerate(config.decoder.layers()):
+        own = _slots(block.mixer, config.embed_dim, batch_size, length, dtype, number)
+        of_memory = _slots(block.cross, config.embed_dim, batch_size, memory_length, dtype, number)
+        caches.append(DecoderLayerCache(KVCache(*own), MemoryCache(*of_memory)))
     return tuple(caches)
+
+
+def _slots(
+    mixer: Mixer | None, dim: int, batch_size: int, length: int, dtype: jnp.dtype | type, number: int
+) -> tuple[jax.Array, jax.Array]:
+    if not isinstance(mixer, Attention):
+        raise ValueError(f"layer {number} mixes with {type(mixer).__name__}, which has no key/value cache")
+    shape = (batch_size, length, mixer.num_kv_heads or mixer.num_heads, mixer.resolved_head_dim(dim))
+    return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
