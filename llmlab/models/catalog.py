@@ -3,6 +3,7 @@
 from llmlab.models import (
     bart,
     bert,
+    big_bird,
     clip,
     distilbert,
     gemma,
@@ -27,6 +28,7 @@ FAMILIES: tuple[Family, ...] = (
     distilbert.FAMILY,
     mobilebert.FAMILY,
     longformer.FAMILY,
+    big_bird.FAMILY,
     gpt2.FAMILY,
     llama.FAMILY,
     gemma.FAMILY,

@@ -453,15 +453,24 @@ class QuestionAnsweringHead(nnx.Module):
         auxiliary: Auxiliary,
         key: jax.Array | None = None,
     ) -> SpanOutput:
-        scores_BS2 = self.spans(dropout(states_BSD, self.config.dropout, key)).astype(jnp.float32)
+        scores_BS2 = self.score(states_BSD, key).astype(jnp.float32)
         start_BS, end_BS = scores_BS2[..., 0], scores_BS2[..., 1]
-        loss = None
-        if targets.start_positions is not None and targets.end_positions is not None:
-            starts, ends = (_within(p, start_BS.shape[1]) for p in (targets.start_positions, targets.end_positions))
-            loss = (mean_cross_entropy(start_BS, starts) + mean_cross_entropy(end_BS, ends)) / 2
+        loss = span_loss(start_BS, end_BS, targets)
         return SpanOutput(
             start_logits=start_BS, end_logits=end_BS, last_hidden_state=states_BSD, loss=loss, auxiliary=auxiliary
         )
+
+    def score(self, states_BSD: Float[Array, "B S D"], key: jax.Array | None) -> Float[Array, "B S 2"]:
+        """Score of every token as the first and as the last."""
+        return self.spans(dropout(states_BSD, self.config.dropout, key))
+
+
+def span_loss(start_BS: Float[Array, "B S"], end_BS: Float[Array, "B S"], targets: Targets) -> Float[Array, ""] | None:
+    """Mean of the cross-entropies of both ends of the answer; None where none is given."""
+    if targets.start_positions is None or targets.end_positions is None:
+        return None
+    starts, ends = (_within(p, start_BS.shape[1]) for p in (targets.start_positions, targets.end_positions))
+    return (mean_cross_entropy(start_BS, starts) + mean_cross_entropy(end_BS, ends)) / 2
 
 
 def _within(positions_B: Int[Array, "B"], length: int) -> Int[Array, "B"]:

@@ -140,7 +140,8 @@ class BigBirdAttentionLayer(SparseAttentionLayer):
             first=1,
         )
         ends_BGNH = self.see_all(ends(q_BSNH), k_BSKH, v_BSKH, context.mask, key_ends, index_BG)
-        return jnp.concatenate([ends_BGNH[:, :first], between_BSNH, ends_BGNH[:, first:]], axis=1)
+        o_BSNH = jnp.concatenate([ends_BGNH[:, :first], between_BSNH, ends_BGNH[:, first:]], axis=1)
+        return self.real(o_BSNH, context)
 
     def scattered(self, context: Context, num_blocks: int) -> Int[Array, "C K R"]:
         """The random blocks: the caller's (`context.draws["random_blocks"]`, (layers, heads, C, R)) or the config's."""

@@ -108,7 +108,7 @@ class LongformerAttentionLayer(SparseAttentionLayer):
         scoring, cut = self.scoring(context.mask, key_local), self.config.grid(length)
         window = SlidingWindow(left=reach, right=reach)
         if context.global_tokens is None:
-            return sparse(q_BSNH, k_BSKH, v_BSKH, scoring, cut=cut, near=window)
+            return self.real(sparse(q_BSNH, k_BSKH, v_BSKH, scoring, cut=cut, near=window), context)
         global_BS, padding = context.global_tokens, context.mask.find(Padding)
         self.check_room(global_BS, None if padding is None else padding.kv_BT)
         if padding is not None:
@@ -123,7 +123,7 @@ class LongformerAttentionLayer(SparseAttentionLayer):
         o_BGNH = self.mix_global(x_BSD, index_BG, context, key_global)
         row = jnp.arange(x_BSD.shape[0])[:, None]
         o_BSNH = o_BSNH.at[row, jnp.where(real_BG, index_BG, length)].set(o_BGNH, mode="drop")
-        return jnp.where(too_many[:, None, None, None], jnp.nan, o_BSNH)
+        return jnp.where(too_many[:, None, None, None], jnp.nan, self.real(o_BSNH, context))
 
     def mix_global(
         self, x_BSD: Float[Array, "B S D"], index_BG: Int[Array, "B G"], context: Context, key: jax.Array | None

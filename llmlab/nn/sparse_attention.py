@@ -29,7 +29,7 @@ class SparseAttention(Attention):
 
 
 class SparseAttentionLayer(AttentionLayer, abc.ABC):
-    """See SparseAttention. Padding tokens get zeros, as from transformers, where some heads look at them."""
+    """See SparseAttention."""
 
     def __call__(
         self,
@@ -47,9 +47,6 @@ class SparseAttentionLayer(AttentionLayer, abc.ABC):
             q_BSNH = self.rotation(q_BSNH, context.position_ids)
             k_BSKH = self.rotation(k_BSKH, context.position_ids)
         o_BSNH = self.mix(x_BSD, q_BSNH, k_BSKH, v_BSKH, context, key)
-        padding = context.mask.find(Padding)
-        if padding is not None:
-            o_BSNH = jnp.where(padding.kv_BT[:, :, None, None], o_BSNH, 0)
         return self.output(shard(o_BSNH, "batch", "sequence", "heads", "head_dim")), None
 
     @abc.abstractmethod
@@ -63,6 +60,11 @@ class SparseAttentionLayer(AttentionLayer, abc.ABC):
         key: jax.Array | None,
     ) -> Float[Array, "B S N H"]:
         """Weighted values of every query, before the output projection."""
+
+    def real(self, o_BSNH: Float[Array, "B S N H"], context: Context) -> Float[Array, "B S N H"]:
+        """The same with zeros for padding, as sparse attention of transformers gives: some heads look at padding."""
+        padding = context.mask.find(Padding)
+        return o_BSNH if padding is None else jnp.where(padding.kv_BT[:, :, None, None], o_BSNH, 0)
 
     def scoring(self, mask: Mask, key: jax.Array | None) -> Scoring:
         """How logits become weights."""

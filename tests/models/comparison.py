@@ -25,13 +25,22 @@ def evaluated(model: Any, inputs: dict[str, np.ndarray], outputs: tuple[str, ...
     graphdef, params = split(model)
 
     def loss(params: Any) -> Any:
-        out = merge(graphdef, params)(**{name: jnp.asarray(value) for name, value in inputs.items()})
+        out = merge(graphdef, params)(**arguments(inputs))
         values = {name: getattr(out, name) for name in outputs}
         loss = sum(jnp.mean(jnp.square(value)) for value in values.values()) if out.loss is None else out.loss
         return loss, values
 
     (value, found), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     return value, found, gradient
+
+
+def arguments(inputs: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Inputs as a model is called with them: "draws.lsh_rotations" is an entry of the dictionary `draws`."""
+    called: dict[str, Any] = {}
+    for name, value in inputs.items():
+        group, _, entry = name.rpartition(".")
+        (called.setdefault(group, {}) if group else called)[entry] = jnp.asarray(value)
+    return called
 
 
 def assert_close(ours: Any, theirs: Any, name: str, tolerance: float = CLOSE) -> None:
