@@ -12,9 +12,10 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from llmlab.models.config import ModelConfig
 from llmlab.models.encoder_decoder import EncoderDecoder, Side
-from llmlab.nn.attention import Attention
+from llmlab.nn.attention import Attention, head_width
 from llmlab.nn.config import Block, Mixer
 from llmlab.nn.feed_forward import Activation
+from llmlab.nn.lsh import ChunkedAttention
 from llmlab.nn.stack import Execution
 
 T = TypeVar("T")
@@ -303,8 +304,10 @@ def canonical_block(block: Block, dim: int) -> Block:
 
 
 def _canonical_mixer(mixer: Mixer, dim: int) -> Mixer:
-    if not isinstance(mixer, Attention) or (mixer.head_dim is None and dim % mixer.num_heads):
+    if not isinstance(mixer, Attention | ChunkedAttention) or (mixer.head_dim is None and dim % mixer.num_heads):
         return mixer
+    if isinstance(mixer, ChunkedAttention):
+        return dataclasses.replace(mixer, head_dim=head_width(dim, mixer.num_heads, mixer.head_dim))
     head_dim = mixer.resolved_head_dim(dim)
     return dataclasses.replace(
         mixer,
@@ -319,7 +322,8 @@ def _canonical(model: ModelConfig) -> ModelConfig:
     """The config, and those of its parts, without what changes no result."""
     changes: dict[str, Any] = {"execution": Execution(), "context_length": None}
     if isinstance(model, Layered):
-        changes["pattern"] = (canonical_block(model.layers()[0], model.embed_dim),)
+        layers = tuple(canonical_block(block, model.embed_dim) for block in model.layers())
+        changes["pattern"] = layers if any(block != layers[0] for block in layers) else layers[:1]
     names = [field.name for field in dataclasses.fields(model)]
     parts = {name: _canonical(part) for name in names if isinstance(part := getattr(model, name), ModelConfig)}
     if isinstance(model, EncoderDecoder):

@@ -10,6 +10,7 @@ shapes, so one table serves every size of a family.
     Conv2D       torch.nn.Conv2d over patches, (out, in, h, w)  kernel (h, w, in, out)
     Vector       (n,)                                           bias (*out) with n = product(out)
     Leading      (1, 1, n)                                      (n,): class tokens, positions
+    Axis         (1, n, 1, d)                                   (n, d): vectors along one axis of a grid
     OutputFirst  (out, *in)                                     kernel (*in, out)
     Fused        one tensor, parts side by side along an axis   one leaf for each part
     Stacked      one tensor for each expert                     one leaf with a leading dimension
@@ -145,6 +146,26 @@ class Leading(One):
 
     def tensor_shape(self, shape: Shape) -> Shape:
         return (1,) * self.ones + shape
+
+    def to_leaf(self, tensor: np.ndarray, shape: Shape) -> np.ndarray:
+        return tensor.reshape(shape)
+
+    def to_tensor(self, leaf: np.ndarray) -> np.ndarray:
+        return leaf.reshape(self.tensor_shape(leaf.shape))
+
+
+@dataclass(frozen=True)
+class Axis(One):
+    """(1, ..., n, ..., 1, d) to a leaf (n, d): vectors along one axis of a grid of positions."""
+
+    before: int = 0
+    """Dimensions of size one in front."""
+    after: int = 0
+    """Dimensions of size one between both."""
+
+    def tensor_shape(self, shape: Shape) -> Shape:
+        num, dim = shape
+        return (*(1,) * self.before, num, *(1,) * self.after, dim)
 
     def to_leaf(self, tensor: np.ndarray, shape: Shape) -> np.ndarray:
         return tensor.reshape(shape)

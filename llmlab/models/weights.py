@@ -89,6 +89,8 @@ class WeightTable:
     unread: Mapping[str, str] = field(default_factory=dict)
     """Tensor that transformers holds and never reads, in some variants of the family -> tensor that is written in its
     place; it is not read here either."""
+    blank: Mapping[str, str] = field(default_factory=dict)
+    """Vector that transformers holds and never reads -> tensor with as many rows. Written as zeros, not read."""
     synonyms: Mapping[str, str] = field(default_factory=dict)
     """Endings of names in older checkpoints -> those that the rows have."""
     head: str | None = None
@@ -193,13 +195,15 @@ def dump(table: WeightTable, params: Params) -> Iterator[tuple[str, np.ndarray]]
         for name, tensor in zip(link.names, link.transform.to_tensors(parts), strict=True):
             array = np.asarray(tensor, np.float32, order="C")  # ascontiguousarray makes a vector of a scalar
             yield from ((spelled, array) for spelled in written[name])
+    yield from ((name, np.zeros(shape, np.float32)) for name, shape in _blank(table, links).items())
 
 
 def tensor_shapes(table: WeightTable, params: Params) -> dict[str, Shape]:
     """Names and shapes of what `dump` yields, in its order."""
     links = bind(table, params)
     written = _written(table, links, params)
-    return {spelled: shape for link in links for name, shape in link.tensors().items() for spelled in written[name]}
+    shapes = {spelled: shape for link in links for name, shape in link.tensors().items() for spelled in written[name]}
+    return shapes | _blank(table, links)
 
 
 def flatten(params: Params, prefix: str = "") -> dict[str, Any]:
@@ -301,6 +305,14 @@ def _written(table: WeightTable, links: Sequence[Link], params: Params) -> dict[
     return written
 
 
+def _blank(table: WeightTable, links: Sequence[Link]) -> dict[str, Shape]:
+    """Shapes of the vectors that are written as zeros."""
+    if not table.blank:
+        return {}
+    shapes = {name: shape for link in links for name, shape in link.tensors().items()}
+    return {name: shapes[other][:1] for name, other in table.blank.items() if other in shapes}
+
+
 def _slice(leaf: Any, index: int | None) -> np.ndarray:
     return np.asarray(leaf if index is None else leaf[index])
 
@@ -322,7 +334,7 @@ def _resolve(table: WeightTable, links: Sequence[Link], source: TensorSource, wh
             sources.setdefault(full, name)
         elif (original := table.tied.get(name, table.tied.get(full))) in expected:
             copies.append((name, original))
-        elif name in table.unread and table.unread[name] in expected:
+        elif {table.unread.get(name), table.blank.get(name)} & expected.keys():
             continue
         elif _pattern(full) not in ignored and _pattern(name) not in ignored:
             problems.append(f"unexpected: {name}, shape {source.tensors[name].shape}")

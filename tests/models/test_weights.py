@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from llmlab.models.transforms import (
+    Axis,
     Conv1D,
     Conv2D,
     Fused,
@@ -84,6 +85,8 @@ class Reversed(One):
         (Conv2D(), ((2, 3, 4, 5),)),
         (Leading(2), ((5,),)),
         (Leading(1), ((4, 5),)),
+        (Axis(after=1), ((4, 5),)),
+        (Axis(before=1), ((4, 5),)),
         (Vector(), ((2, 3),)),
         (Fused(Conv1D(), axis=1), ((6, 4, 3), (6, 2, 3), (6, 2, 3))),
         (Fused(Linear(), axis=0), ((6, 4, 3), (6, 2, 3), (6, 2, 3))),
@@ -272,6 +275,17 @@ def test_what_nothing_reads_is_written_as_a_copy_and_not_read():
     np.testing.assert_array_equal(dict(dump(headed(), params))["score.copy"], bias)
     source = Memory(**{"body.norm.weight": scale, "score.bias": bias, "score.copy": 2 * bias})
     np.testing.assert_array_equal(loaded(headed(), params, source)["head.bias"], bias)
+
+
+def test_what_nothing_reads_and_nothing_resembles_is_written_as_zeros_and_not_read():
+    table, kernel = WeightTable(rows=(Row("score.weight", "head"),), blank={"score.bias": "score.weight"}), draw(3, 2)
+    tensors = dict(dump(table, {"head": kernel}))
+    assert {name: tensor.shape for name, tensor in tensors.items()} == tensor_shapes(table, {"head": kernel})
+    np.testing.assert_array_equal(tensors["score.bias"], np.zeros(3))
+    source = Memory(**{"score.weight": kernel, "score.bias": draw(3)})
+    np.testing.assert_array_equal(loaded(table, {"head": kernel}, source)["head"], kernel)
+    headless = WeightTable(rows=(Row("body", "body"), *table.rows), blank=table.blank)
+    assert list(dict(dump(headless, {"body": draw(2)}))) == ["body"]
 
 
 def test_old_names_are_read():
