@@ -113,6 +113,10 @@ class CLIP(ModelConfig):
     def build(self, rngs: nnx.Rngs) -> "CLIPModel":
         return CLIPModel(self, rngs=rngs)
 
+    def batch_shapes(self, batch_size: int, length: int) -> Shapes:
+        parts = (self.text.batch_shapes(batch_size, length), self.vision.batch_shapes(batch_size, length))
+        return {name: shape for part in parts for name, shape in part.items()}
+
     def num_tokens(self, shapes: Shapes) -> int:
         return self.text.num_tokens(shapes) + self.vision.num_tokens(shapes)
 

@@ -137,6 +137,9 @@ class EncoderDecoder(ModelConfig):
             per_target += block.mixer.context_flops(dim, target) + block.cross.context_flops(dim, source)
         return (3 if training else 1) * batch * (source * per_source + target * per_target)
 
+    def batch_shapes(self, batch_size: int, length: int) -> Shapes:
+        return {"input_ids": (batch_size, length), "decoder_input_ids": (batch_size, length)}
+
     def num_tokens(self, shapes: Shapes) -> int:
         """Positions of source and target."""
         return math.prod(shapes["input_ids"]) + math.prod(_target(shapes))

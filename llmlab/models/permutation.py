@@ -128,6 +128,16 @@ class PermutationTransformer(ModelConfig):
             total += self.head.flops(self.inputs, batch, targets or length)
         return (3 if training else 1) * total
 
+    def batch_shapes(self, batch_size: int, length: int) -> Shapes:
+        if not self.bidirectional:
+            return super().batch_shapes(batch_size, length)
+        targets = max(1, length // 6)  # the paper's share
+        return {
+            "input_ids": (batch_size, length),
+            "perm_mask": (batch_size, length, length),
+            "target_mapping": (batch_size, targets, length),
+        }
+
     @property
     def inputs(self) -> Inputs:
         """Sizes of what the head reads."""

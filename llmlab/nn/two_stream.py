@@ -27,7 +27,6 @@ O(S T) per head, as the scores depend on query and distance and are formed whole
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -170,64 +169,69 @@ class TwoStreamLayer(nnx.Module):
         key: jax.Array | None,
     ) -> Float[Array, "B Q N H"]:
         """One stream's attention, heads not yet joined."""
-        q_BQNH = q_BQNH * jnp.asarray(self.scale, q_BQNH.dtype)  # smaller than the scores that it scales
-        scores_BNQT = jnp.einsum(
-            "BQNH,BTNH->BNQT", q_BQNH + self._scaled(self.content_bias), k_BTNH, preferred_element_type=jnp.float32
+        # Heads in front from here on: the product with the distances is then one matrix product a head for the whole
+        # batch, and no array of scores is ever transposed.
+        q_NBQH, k_NBTH, v_NBTH = (jnp.moveaxis(x, 2, 0) for x in (q_BQNH, k_BTNH, v_BTNH))
+        q_NBQH = q_NBQH * jnp.asarray(self.scale, q_NBQH.dtype)  # smaller than the scores that it scales
+        by_content, by_distance, by_segment = (
+            q_NBQH + (bias[...] * self.scale).astype(q_NBQH.dtype)[:, None, None]
+            for bias in (self.content_bias, self.distance_bias, self.segment_bias)
         )
-        scores_BNQT += self._by_distance(q_BQNH + self._scaled(self.distance_bias), r_GRNH, stream, k_BTNH.shape[1])
+        scores_NBQT = _product("NBQH,NBTH->NBQT", by_content, k_NBTH)
+        scores_NBQT += _scores_by_distance(by_distance, jnp.moveaxis(r_GRNH, 2, 0), stream, k_BTNH.shape[1])
         if stream.other_BQT is not None:
-            by_segment_BNQ2 = jnp.einsum(
-                "BQNH,CNH->BNQC", q_BQNH + self._scaled(self.segment_bias), self.segments[...].astype(q_BQNH.dtype)
-            )
-            same, other = by_segment_BNQ2[..., :1], by_segment_BNQ2[..., 1:]
-            scores_BNQT += jnp.where(stream.other_BQT[:, None], other, same).astype(jnp.float32)
+            scores_NBQ2 = _product("NBQH,CNH->NBQC", by_segment, self.segments[...].astype(q_NBQH.dtype))
+            scores_NBQT += jnp.where(stream.other_BQT, scores_NBQ2[..., 1:], scores_NBQ2[..., :1])
         if stream.allowed_BQT is not None:
-            scores_BNQT = jnp.where(stream.allowed_BQT[:, None], scores_BNQT, _FORBIDDEN)
-        weights_BNQT = dropout(jax.nn.softmax(scores_BNQT, axis=-1), self.config.dropout, key).astype(v_BTNH.dtype)
-        return jnp.einsum("BNQT,BTNH->BQNH", weights_BNQT, v_BTNH)
-
-    def _scaled(self, bias: Any) -> Float[Array, "N H"]:
-        return bias[...] * self.scale
-
-    def _by_distance(
-        self, q_BQNH: Float[Array, "B Q N H"], r_GRNH: Float[Array, "G R N H"], stream: Stream, num_keys: int
-    ) -> Float[Array, "B N Q T"]:
-        """q_i . r(i - j), from the products with all distances."""
-        groups = r_GRNH.shape[0]
-        q_GCQNH = q_BQNH.reshape(groups, -1, *q_BQNH.shape[1:])
-        products = jnp.einsum("GCQNH,GRNH->GCNQR", q_GCQNH, r_GRNH, preferred_element_type=jnp.float32)
-        products_BNQR = products.reshape(-1, *products.shape[2:])
-        if stream.first_BQ is None:
-            return sheared(products_BNQR, num_keys)
-        return cut(products_BNQR, stream.first_BQ, num_keys)
+            scores_NBQT = jnp.where(stream.allowed_BQT, scores_NBQT, _FORBIDDEN)
+        weights_NBQT = dropout(jax.nn.softmax(scores_NBQT, axis=-1), self.config.dropout, key).astype(v_BTNH.dtype)
+        return jnp.moveaxis(jnp.einsum("NBQT,NBTH->NBQH", weights_NBQT, v_NBTH), 0, 2)
 
 
-def sheared(x_BNSR: Float[Array, "B N S R"], width: int) -> Float[Array, "B N S T"]:
+def _product(spec: str, first: jax.Array, second: jax.Array) -> jax.Array:
+    return jnp.einsum(spec, first, second, preferred_element_type=jnp.float32)
+
+
+def _scores_by_distance(
+    q_NBQH: Float[Array, "N B Q H"], r_NGRH: Float[Array, "N G R H"], stream: Stream, num_keys: int
+) -> Float[Array, "N B Q T"]:
+    """q_i . r(i - j), from the products with all distances."""
+    heads, batch, num_queries, _ = q_NBQH.shape
+    groups, num_distances = r_NGRH.shape[1:3]
+    q_NGXH = q_NBQH.reshape(heads, groups, batch // groups * num_queries, -1)
+    products_NGXR = _product("NGXH,NGRH->NGXR", q_NGXH, r_NGRH)
+    products_NBQR = products_NGXR.reshape(heads, batch, num_queries, num_distances)
+    if stream.first_BQ is None:
+        return sheared(products_NBQR, num_keys)
+    return cut(products_NBQR, stream.first_BQ, num_keys)
+
+
+def sheared(x_NBSR: Float[Array, "N B S R"], width: int) -> Float[Array, "N B S T"]:
     """Entries S - i, S - i + 1, ... of row i, without a gather: in memory each row begins one place further left.
 
     Read as rows of R - 1 after the first S entries are dropped, entry j of row i is entry S + i (R - 1) + j of all,
     that is S - i + j of row i. Rows that end before `width` run into the next: their keys are in the future.
     """
-    *batch, length, num = x_BNSR.shape
-    return x_BNSR.reshape(*batch, num, length)[..., 1:, :].reshape(*batch, length, num - 1)[..., :width]
+    *batch, length, num = x_NBSR.shape
+    return x_NBSR.reshape(*batch, num, length)[..., 1:, :].reshape(*batch, length, num - 1)[..., :width]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def cut(x_BNQR: Float[Array, "B N Q R"], first_BQ: Int[Array, "B Q"], width: int) -> Float[Array, "B N Q T"]:
+def cut(x_NBQR: Float[Array, "N B Q R"], first_BQ: Int[Array, "B Q"], width: int) -> Float[Array, "N B Q T"]:
     """Entries first, first + 1, ..., first + width - 1 of every row. Its gradient is a gather too, not a scatter."""
-    return _cut(x_BNQR, first_BQ, width)[0]
+    return _cut(x_NBQR, first_BQ, width)[0]
 
 
-def _cut(x_BNQR: jax.Array, first_BQ: jax.Array, width: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    entries = first_BQ[:, None, :, None] + jnp.arange(width)
-    y_BNQT = jnp.take_along_axis(x_BNQR, entries, axis=-1, mode="clip")
-    return y_BNQT, (first_BQ, jnp.zeros((0, x_BNQR.shape[-1]), x_BNQR.dtype))
+def _cut(x_NBQR: jax.Array, first_BQ: jax.Array, width: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    entries = first_BQ[None, ..., None] + jnp.arange(width)
+    y_NBQT = jnp.take_along_axis(x_NBQR, entries, axis=-1, mode="clip")
+    return y_NBQT, (first_BQ, jnp.zeros((0, x_NBQR.shape[-1]), x_NBQR.dtype))
 
 
-def _uncut(width: int, residuals: tuple[jax.Array, jax.Array], dy_BNQT: jax.Array) -> tuple[jax.Array, None]:
+def _uncut(width: int, residuals: tuple[jax.Array, jax.Array], dy_NBQT: jax.Array) -> tuple[jax.Array, None]:
     first_BQ, like = residuals
-    entries = jnp.arange(like.shape[1]) - first_BQ[:, None, :, None]
-    taken = jnp.take_along_axis(dy_BNQT, entries, axis=-1, mode="clip")
+    entries = jnp.arange(like.shape[1]) - first_BQ[None, ..., None]
+    taken = jnp.take_along_axis(dy_NBQT, entries, axis=-1, mode="clip")
     return jnp.where((entries >= 0) & (entries < width), taken, 0), None
 
 

@@ -76,3 +76,12 @@ def test_presets_survive_the_way_to_a_config_and_back(family, name):
 def test_fixtures_stay_small():
     sizes = {path: path.stat().st_size for path in FIXTURES.rglob("*") if path.is_file()}
     assert sum(sizes.values()) < MEGABYTES * 1e6
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_a_plain_batch_has_what_a_models_cost_depends_on(family):
+    config = next(config for name, config in family.presets.items() if name.endswith("nano"))
+    config = config.with_vocabulary(128) if config.vocab_size is None else config
+    shapes = config.batch_shapes(2, 16)
+    assert config.num_tokens(shapes) > 0
+    assert config.flops(shapes) == 3 * config.flops(shapes, training=False) > 0

@@ -96,13 +96,13 @@ def test_shearing_takes_from_every_row_one_entry_further_left() -> None:
 
 
 def test_the_gradient_of_a_cut_is_that_of_a_plain_gather() -> None:
-    x = jax.random.normal(jax.random.key(0), (2, 3, 4, 11))
+    x = jax.random.normal(jax.random.key(0), (3, 2, 4, 11))
     first = jnp.array([[0, 5, 2, 2], [3, 1, 4, 5]])
-    weights = jax.random.normal(jax.random.key(1), (2, 3, 4, 6))
+    weights = jax.random.normal(jax.random.key(1), (3, 2, 4, 6))
     at = first.tolist()
 
     def plain(x: jax.Array) -> jax.Array:
-        rows = [[[x[b, n, q, at[b][q] : at[b][q] + 6] for q in range(4)] for n in range(3)] for b in range(2)]
+        rows = [[[x[n, b, q, at[b][q] : at[b][q] + 6] for q in range(4)] for b in range(2)] for n in range(3)]
         return jnp.array(rows)
 
     def ours(x: jax.Array) -> jax.Array:
