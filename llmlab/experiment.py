@@ -43,7 +43,8 @@ class Experiment:
     train: Train
     """Length, batch, precision, and the rhythm of evaluations and checkpoints."""
     initialize_from: str | None = None
-    """Run or Hugging Face directory whose weights the model starts from; None for fresh ones."""
+    """Run or Hugging Face directory whose weights the model starts from, but for a head of its own; None for fresh
+    ones."""
 
     def validate(self, *, num_devices: int | None = None) -> None:
         """Checks what no part can check alone, before any work; the parts have checked themselves when built.

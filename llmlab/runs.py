@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from llmlab.models.decoder import DecoderModel
     from llmlab.nn.module import Params
     from llmlab.tokenizers import Tokenizer
+    from llmlab.training.program import Weights
 
 _SAMPLE_TOKENS = 192
 
@@ -276,7 +277,9 @@ def _train(
         if provenance is not None:
             provenance.finish(status, last_step=first_step if step is None else step)
 
-    weights = None if experiment.initialize_from is None else functools.partial(_weights, experiment.initialize_from)
+    weights = None
+    if experiment.initialize_from is not None:
+        weights = pretrained(experiment.initialize_from, experiment.model)
     session = Session(
         experiment=experiment,
         directory=directory,
@@ -307,25 +310,36 @@ def _train(
     return summary
 
 
-def _weights(path: str, shapes: "Params") -> "Params":
-    """Parameters of another run or a Hugging Face directory, for a model of these shapes."""
-    import jax
+def pretrained(path: str, model: "ModelConfig") -> "Weights":
+    """The parameters of another run or a Hugging Face directory, for a model that starts from them.
 
-    from llmlab.nn.module import split
+    Where one of the model's replaceable parts (an encoder's head) is not the one there, it is left out as a whole.
+    """
 
-    params = split(load(path))[1]
-    found, wanted = (
-        {jax.tree_util.keystr(where, simple=True, separator="."): leaf.shape for where, leaf in leaves}
-        for leaves in map(jax.tree_util.tree_leaves_with_path, (params, shapes))
-    )
-    problems = [
-        f"{name}: {found.get(name, 'absent')} there, {wanted.get(name, 'absent')} here"
-        for name in sorted(found.keys() | wanted.keys())
-        if found.get(name) != wanted.get(name)
-    ]
-    if problems:
-        raise ValueError(f"initialize_from={path} holds another model; parameters differ:\n  " + "\n  ".join(problems))
-    return params
+    def weights(shapes: "Params") -> "Params":
+        import jax
+
+        from llmlab.nn.module import split
+
+        params = split(load(path))[1]
+        sizes = [jax.tree.map(lambda leaf: leaf.shape, tree) for tree in (params, shapes)]
+        own = [part for part in model.replaceable if sizes[0].get(part) != sizes[1].get(part)]
+        params, shapes = ({part: tree[part] for part in tree if part not in own} for tree in (params, shapes))
+        found, wanted = (
+            {jax.tree_util.keystr(where, simple=True, separator="."): leaf.shape for where, leaf in leaves}
+            for leaves in map(jax.tree_util.tree_leaves_with_path, (params, shapes))
+        )
+        problems = [
+            f"{name}: {found.get(name, 'absent')} there, {wanted.get(name, 'absent')} here"
+            for name in sorted(found.keys() | wanted.keys())
+            if found.get(name) != wanted.get(name)
+        ]
+        if problems:
+            listed = "\n  ".join(problems)
+            raise ValueError(f"initialize_from={path} holds another model; parameters differ:\n  {listed}")
+        return params
+
+    return weights
 
 
 def _sample(model: "DecoderModel", tokenizer: "Tokenizer") -> dict[str, str]:

@@ -110,6 +110,12 @@ class ModelConfig(abc.ABC):
         """
         return {"input_ids": (batch_size, length)}
 
+    @property
+    def replaceable(self) -> tuple[str, ...]:
+        """Parts, by the first name of their parameters, that a model which starts from another's weights may have of
+        its own: a classifier on a pretrained encoder."""
+        return ()
+
     def num_tokens(self, shapes: Shapes) -> int:
         """Positions of a batch that the model processes, which is what tokens/s counts."""
         return math.prod(shapes["input_ids"])

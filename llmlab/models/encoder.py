@@ -112,6 +112,10 @@ class Encoder(ModelConfig):
         return self.head.num_labels if isinstance(self.head, Labelled) else None
 
     @property
+    def replaceable(self) -> tuple[str, ...]:
+        return ("head", "pooler")
+
+    @property
     def table_dim(self) -> int:
         """Width of the token table."""
         return self.embed_dim if self.factorised is None else self.factorised.dim
@@ -144,7 +148,9 @@ class Encoder(ModelConfig):
         if self.pooler is not None and self.pools:
             forward += batch * self.pooler.flops(self.embed_dim)
         if self.head is not None:
-            forward += self.head.flops(self.head_inputs(), batch, length)
+            # a masked language model scores the masked places alone, where the batch names them
+            scored = shapes["masked_positions"][1] if "masked_positions" in shapes else length
+            forward += self.head.flops(self.head_inputs(), batch, scored)
         return (3 if training else 1) * forward
 
 

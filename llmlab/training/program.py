@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from llmlab.models.config import ModelConfig
 
 Weights = Callable[[Params], Params]
-"""Shapes of parameters to parameters: for a run that starts from weights that exist."""
+"""Shapes of parameters to parameters, for a run that starts from weights that exist. Parts that are absent, by the
+first name of their paths, are drawn."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,17 +63,24 @@ class Program:
         unplaced = jax.eval_shape(lambda params: new_state(params, transformation, **kind), shapes)
         layout = state_shardings(unplaced, axes, mesh)
 
+        def drawn(key: jax.Array) -> Params:
+            return split(model.build(nnx.Rngs(params=key)))[1]
+
         def init(weights: Weights | None) -> TrainState:
-            if weights is not None:
-                params = jax.device_put(weights(shapes), layout.params)
-                return jax.jit(lambda p: new_state(p, transformation, **kind), out_shardings=layout)(params)
-            return initialise(
-                lambda key: split(model.build(nnx.Rngs(params=key)))[1],
-                transformation,
-                seed=train.seed,
-                layout=layout,
-                **kind,
-            )
+            if weights is None:
+                return initialise(drawn, transformation, seed=train.seed, layout=layout, **kind)
+            given = weights(shapes)
+            absent = [name for name in shapes if name not in given]
+
+            def missing(key: jax.Array) -> Params:
+                params = drawn(key)
+                return {name: params[name] for name in absent}
+
+            if absent:
+                where_absent = {name: layout.params[name] for name in absent}
+                given = given | jax.jit(missing, out_shardings=where_absent)(jax.random.key(train.seed))
+            params = jax.device_put(given, layout.params)
+            return jax.jit(lambda p: new_state(p, transformation, **kind), out_shardings=layout)(params)
 
         where = batch_shardings(batch, mesh)
         settings: dict[str, Any] = {

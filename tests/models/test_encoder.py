@@ -28,6 +28,7 @@ from llmlab.nn.module import merge
 from llmlab.nn.norms import LayerNorm
 from llmlab.nn.positions import Learned
 from llmlab.nn.wiring import PostNorm
+from llmlab.objectives import MaskedToken
 from llmlab.objectives.cross_entropy import chunked_cross_entropy
 from llmlab.plan.cost import count
 from tests.drawing import drawn
@@ -150,6 +151,18 @@ def test_the_flop_formula_equals_the_count_of_the_program(name, factorised):
     tokens = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32)
     assert count(forward, params, tokens).matmul_flops == config.flops(shapes, training=False)
     assert count(gradient, params, tokens).matmul_flops == config.flops(shapes)
+
+
+def test_places_that_the_objective_does_not_score_cost_no_head():
+    config = encoder(head=MaskedLM())
+    shapes = {"input_ids": (BATCH, LENGTH), "labels": (BATCH, LENGTH), "masked_positions": (BATCH, 3)}
+    graphdef, params, _ = config.abstract()
+    batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, shape in shapes.items()}
+
+    def loss(params: Any, batch: Any) -> jax.Array:
+        return MaskedToken().loss(merge(graphdef, params), batch).total
+
+    assert count(jax.grad(loss), params, batch).matmul_flops == config.flops(shapes)
 
 
 @pytest.mark.parametrize("name", ["masked", "masked-untied", "pretraining", "tokens"])
