@@ -20,16 +20,30 @@ if TYPE_CHECKING:
     from llmlab.data.blanks import Blanks as Blanks
     from llmlab.data.denoising import Denoising as Denoising
     from llmlab.data.factorization import FactorizationOrder as FactorizationOrder
+    from llmlab.data.images import Digits as Digits
+    from llmlab.data.images import Images as Images
+    from llmlab.data.labelled import LabelledTexts as LabelledTexts
+    from llmlab.data.labelled import LabelledWords as LabelledWords
     from llmlab.data.masking import SpanMasking as SpanMasking
     from llmlab.data.masking import TokenMasking as TokenMasking
+    from llmlab.data.pairs import Pairs as Pairs
     from llmlab.data.prefixes import RandomPrefix as RandomPrefix
+    from llmlab.data.questions import Questions as Questions
     from llmlab.data.sentence_pairs import NextSentence as NextSentence
     from llmlab.data.sentence_pairs import SentenceOrder as SentenceOrder
+    from llmlab.data.sentences import Sentences as Sentences
     from llmlab.data.span_corruption import SpanCorruption as SpanCorruption
     from llmlab.data.span_corruption import sentinels as sentinels
 
 # Public name -> the module that defines it.
 _EXPORTS = {
+    "Sentences": "llmlab.data.sentences",
+    "Questions": "llmlab.data.questions",
+    "Pairs": "llmlab.data.pairs",
+    "LabelledWords": "llmlab.data.labelled",
+    "LabelledTexts": "llmlab.data.labelled",
+    "Images": "llmlab.data.images",
+    "Digits": "llmlab.data.images",
     "Blanks": "llmlab.data.blanks",
     "Denoising": "llmlab.data.denoising",
     "FactorizationOrder": "llmlab.data.factorization",
@@ -48,14 +62,21 @@ __all__ = [
     "Corruption",
     "Data",
     "Denoising",
+    "Digits",
     "Document",
     "FactorizationOrder",
+    "Images",
     "JSONLines",
+    "LabelledTexts",
+    "LabelledWords",
     "Mixture",
     "NextSentence",
     "Packed",
+    "Pairs",
+    "Questions",
     "RandomPrefix",
     "SentenceOrder",
+    "Sentences",
     "Skipped",
     "Source",
     "SpanCorruption",

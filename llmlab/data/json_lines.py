@@ -43,7 +43,7 @@ class JSONLines(Source):
         before = 0
         for path in find_files(self.paths):
             with path.open("rb") as file:
-                for number, line in enumerate(_lines(file, path), 1):
+                for number, line in enumerate(lines_of(file, path), 1):
                     line = line.strip()
                     if not line:
                         continue
@@ -83,7 +83,7 @@ class JSONLines(Source):
         return text, ""
 
 
-def _lines(file: BinaryIO, path: Path) -> Iterator[bytes]:
+def lines_of(file: BinaryIO, path: Path) -> Iterator[bytes]:
     """The lines of a file, decompressed where it is compressed.
 
     Raises:
@@ -131,4 +131,5 @@ def _split_lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
         for part in others:
             yield b"".join(rest)
             rest = [part]
-    yield b"".join(rest)
+    if last := b"".join(rest):
+        yield last

@@ -47,39 +47,10 @@ class TFDS(Source):
         return fingerprint_files(files, ("tfds", self.split, self.field, self.on_error))
 
     def _builder(self) -> Any:
-        """What TFDS calls a data set: its description and its files.
-
-        Raises:
-            FileNotFoundError: it is not on disk.
-        """
-        import tensorflow_datasets as tfds
-        from tensorflow_datasets.core import constants, read_only_builder
-
-        where = os.path.expanduser(self.data_dir or constants.DATA_DIR)
-        arguments = f"{self.name!r}, data_dir={where!r}, file_format='array_record'"
-        prepare = f'python -c "import tensorflow_datasets as t; t.builder({arguments}).download_and_prepare()"'
-        try:
-            builder = read_only_builder.builder_from_files(self.name, data_dir=where)
-        except tfds.core.DatasetNotFoundError:
-            raise FileNotFoundError(
-                f"the TFDS data set {self.name!r} is not in {where}, and nothing is downloaded during a run; prepare "
-                f"it once, where there is a network:\n  {prepare}\nor point data_dir (or $TFDS_DATA_DIR) to where it is"
-            ) from None
-        file_format = builder.info.file_format
-        if file_format is None or file_format.value != "array_record":
-            stored_as = "unknown" if file_format is None else file_format.value
-            raise ValueError(
-                f"the TFDS data set {self.name!r} in {builder.data_dir} is stored as {stored_as}, which has no random "
-                f"access without TensorFlow; prepare it as array_record in another directory:\n  {prepare}"
-            )
-        return builder
+        return prepared(self.name, self.data_dir)
 
     def _split_info(self, builder: Any) -> Any:
-        try:
-            return builder.info.splits[self.split]
-        except (KeyError, ValueError) as error:
-            splits = ", ".join(map(repr, builder.info.splits)) or "none"
-            raise ValueError(f"the TFDS data set {self.name!r} has no split {self.split!r}; it has {splits}") from error
+        return split_of(builder, self.name, self.split)
 
     def _examples(self) -> Any:
         """The examples with random access; of each, only the text is decoded."""
@@ -95,3 +66,46 @@ class TFDS(Source):
         others = [name for name in features if name != self.field]
         plain = [name for name in others if not isinstance(features[name], tfds.features.FeaturesDict)]
         return builder.as_data_source(split=self.split, decoders={name: tfds.decode.SkipDecoding() for name in plain})
+
+
+def prepared(name: str, data_dir: str | None) -> Any:
+    """What TFDS calls a builder: the description of a data set that is on disk, and its files.
+
+    Raises:
+        FileNotFoundError: it is not on disk; the message says how to prepare it.
+        ValueError: it is there in a format without random access.
+    """
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core import constants, read_only_builder
+
+    where = os.path.expanduser(data_dir or constants.DATA_DIR)
+    arguments = f"{name!r}, data_dir={where!r}, file_format='array_record'"
+    prepare = f'python -c "import tensorflow_datasets as t; t.builder({arguments}).download_and_prepare()"'
+    try:
+        builder = read_only_builder.builder_from_files(name, data_dir=where)
+    except tfds.core.DatasetNotFoundError:
+        raise FileNotFoundError(
+            f"the TFDS data set {name!r} is not in {where}, and nothing is downloaded during a run; prepare it once, "
+            f"where there is a network:\n  {prepare}\nor point data_dir (or $TFDS_DATA_DIR) to where it is"
+        ) from None
+    file_format = builder.info.file_format
+    if file_format is None or file_format.value != "array_record":
+        stored_as = "unknown" if file_format is None else file_format.value
+        raise ValueError(
+            f"the TFDS data set {name!r} in {builder.data_dir} is stored as {stored_as}, which has no random access "
+            f"without TensorFlow; prepare it as array_record in another directory:\n  {prepare}"
+        )
+    return builder
+
+
+def split_of(builder: Any, name: str, split: str) -> Any:
+    """The description of a split.
+
+    Raises:
+        ValueError: there is no such split; the message lists those there are.
+    """
+    try:
+        return builder.info.splits[split]
+    except (KeyError, ValueError) as error:
+        splits = ", ".join(map(repr, builder.info.splits)) or "none"
+        raise ValueError(f"the TFDS data set {name!r} has no split {split!r}; it has {splits}") from error
