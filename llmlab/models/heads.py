@@ -38,6 +38,10 @@ ProblemType = Literal["regression", "single_label_classification", "multi_label_
 """What labels of a sequence are: numbers, one class, or a yes or no for each class."""
 
 
+Summary = Literal["first", "last", "mean"]
+"""What stands for a row."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
     """Sizes of what a head can read."""
@@ -74,14 +78,17 @@ class Targets:
 
 @dataclass(frozen=True, kw_only=True)
 class Pooler:
-    """Summary of a row from its first token: dropout, a dense layer, an activation."""
+    """Summary of a row from one of its tokens: dropout, a dense layer, an activation."""
 
+    take: Summary = "first"
+    """Which token: the first, where encoders have [CLS]; the last place, where XLNet has it, padding or not; or the
+    mean of all places."""
     dim: int | None = None
     """Width of the summary; None for that of the states."""
     activation: Activation = "tanh"
     """Nonlinearity: BERT's and RoBERTa's is tanh, DistilBERT's relu."""
     dropout: float = 0.0
-    """Dropout on the first token's state (RoBERTa)."""
+    """Dropout on the token's state (RoBERTa)."""
 
     def __post_init__(self) -> None:
         check_rate("dropout", self.dropout)
@@ -103,8 +110,14 @@ class PoolerLayer(nnx.Module):
         self.dense = Dense((("embed", dim),), (("pooled", config.dim or dim),), bias=True, rngs=rngs)
 
     def __call__(self, states_BSD: Float[Array, "B S D"], key: jax.Array | None = None) -> Float[Array, "B P"]:
-        first_BD = dropout(states_BSD[:, 0], self.config.dropout, key)
-        return ACTIVATIONS[self.config.activation](self.dense(first_BD))
+        match self.config.take:
+            case "first":
+                taken_BD = states_BSD[:, 0]
+            case "last":
+                taken_BD = states_BSD[:, -1]
+            case "mean":
+                taken_BD = jnp.mean(states_BSD, axis=1)
+        return ACTIVATIONS[self.config.activation](self.dense(dropout(taken_BD, self.config.dropout, key)))
 
 
 @dataclass(frozen=True, kw_only=True)

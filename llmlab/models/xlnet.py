@@ -21,8 +21,9 @@ from typing import Any
 
 from llmlab.models.config import Tied, Untied, named
 from llmlab.models.family import Family, HuggingFace
-from llmlab.models.heads import EncoderHead, MaskedLM
+from llmlab.models.heads import EncoderHead, MaskedLM, Pooler, QuestionAnswering, SequenceClassification, Summary
 from llmlab.models.hf_config import ACTIVATIONS, Attributes, activation_to_hf, block_of, check_same
+from llmlab.models.hf_heads import labels_from_hf, labels_to_hf, problem_from_hf
 from llmlab.models.permutation import PermutationTransformer
 from llmlab.models.transforms import Leading, Linear, OutputFirst
 from llmlab.models.weights import Row, WeightTable, linear, norm
@@ -91,16 +92,20 @@ def preset(name: str) -> PermutationTransformer:
     return named(PRESETS, name)
 
 
-_HEADS: dict[str, EncoderHead | None] = {"XLNetLMHeadModel": MaskedLM(transform=None), "XLNetModel": None}
+_SUMMARIES: dict[str, Summary] = {"last": "last", "first": "first", "mean": "mean"}
+_HEADS: dict[str, type[EncoderHead] | None] = {
+    "XLNetLMHeadModel": MaskedLM,
+    "XLNetForSequenceClassification": SequenceClassification,
+    "XLNetForQuestionAnsweringSimple": QuestionAnswering,
+    "XLNetModel": None,
+}
 
 
 def from_hf(config: Mapping[str, Any]) -> PermutationTransformer:
     """Model of a Hugging Face config with model_type xlnet; ValueError lists every attribute not implemented."""
     hf = Attributes(config, "xlnet")
     hf.common()
-    head = hf.architecture(_HEADS)
-    if isinstance(head, MaskedLM):
-        head = MaskedLM(transform=None, decoder=Tied() if hf.flag("tie_word_embeddings", True) else Untied())
+    head = _head_from_hf(hf, hf.architecture(_HEADS))
     embed_dim, num_heads = hf.integer("d_model", 1024), hf.integer("n_head", 16)
     hf.fixed("d_head", embed_dim // num_heads)
     hf.fixed("untie_r", True)
@@ -124,28 +129,64 @@ def from_hf(config: Mapping[str, Any]) -> PermutationTransformer:
         head=head,
     )
     # of other heads, or of what a call returns without being asked
-    hf.finish("start_n_top", "end_n_top", "use_mems_eval", "use_mems_train", "mem_len", *_summary(config))
+    hf.finish(
+        "start_n_top",
+        "end_n_top",
+        "use_mems_eval",
+        "use_mems_train",
+        *(name for name in config if name.startswith("summary_")),
+    )
     return build()
+
+
+def _head_from_hf(hf: Attributes, kind: type[EncoderHead] | None) -> EncoderHead | None:
+    tied, problem, labels = hf.flag("tie_word_embeddings", True), problem_from_hf(hf), labels_from_hf(hf)
+    if kind is MaskedLM:
+        return MaskedLM(transform=None, decoder=Tied() if tied else Untied())
+    if kind is QuestionAnswering:
+        return QuestionAnswering()
+    if kind is not SequenceClassification:
+        return None
+    hf.fixed("summary_use_proj", True)
+    pooler = Pooler(
+        take=hf.choice("summary_type", _SUMMARIES, "last"),
+        activation=hf.choice("summary_activation", ACTIVATIONS, "tanh"),
+    )
+    dropout = hf.real("summary_last_dropout", 0.1)
+    return SequenceClassification(pooler=pooler, dropout=dropout, problem_type=problem, **labels)
+
+
+def _head_to_hf(head: EncoderHead | None) -> dict[str, Any]:
+    names = [name for name, kind in _HEADS.items() if kind is (None if head is None else type(head))]
+    if not names:
+        raise ValueError(f"xlnet has no {type(head).__name__}; it has {', '.join(_HEADS)}")
+    config = {
+        "architectures": names,
+        "tie_word_embeddings": not isinstance(head, MaskedLM) or isinstance(head.decoder, Tied),
+        **labels_to_hf(head),
+    }
+    if isinstance(head, SequenceClassification):
+        pooler = head.pooler or Pooler()
+        config["summary_type"] = pooler.take
+        config["summary_activation"] = activation_to_hf(pooler.activation)
+        config["summary_last_dropout"] = head.dropout
+    return config
 
 
 def _limit(value: int | None) -> int | None:
     return value if value is not None and value > 0 else None
 
 
-def _summary(config: Mapping[str, Any]) -> list[str]:
-    return [name for name in config if name.startswith("summary_")]
-
-
 def to_hf(model: PermutationTransformer) -> dict[str, Any]:
     """Hugging Face config of a model; ValueError lists everything that an xlnet config cannot express."""
     block = block_of(model, "xlnet")
-    mixer, ffn, layer_norm, head = block.mixer, block.ffn, block.norm, model.head
+    mixer, ffn, layer_norm = block.mixer, block.ffn, block.norm
     if not (isinstance(mixer, TwoStreamAttention) and isinstance(ffn, MLP) and isinstance(layer_norm, LayerNorm)):
         parts = ", ".join(type(part).__name__ for part in (mixer, ffn, layer_norm))
         raise ValueError(f"xlnet is made of TwoStreamAttention, MLP and LayerNorm; this model of {parts}")
     config = {
-        "architectures": ["XLNetModel" if head is None else "XLNetLMHeadModel"],
         "model_type": "xlnet",
+        **_head_to_hf(model.head),
         "vocab_size": model.vocab_size,
         "d_model": model.embed_dim,
         "n_layer": model.num_layers,
@@ -162,7 +203,6 @@ def to_hf(model: PermutationTransformer) -> dict[str, Any]:
         "clamp_len": model.clamp_length or -1,
         "mem_len": model.memory_length,
         "reuse_len": model.reuse_length,
-        "tie_word_embeddings": not isinstance(head, MaskedLM) or isinstance(head.decoder, Tied),
         "torch_dtype": "float32",
     }
     check_same(model, from_hf(config), "xlnet")
@@ -174,6 +214,7 @@ _ATTENTION = f"{_TENSORS}.rel_attn"
 
 WEIGHTS = WeightTable(
     prefix="transformer.",
+    head="head",
     tied={"lm_loss.weight": "transformer.word_embedding.weight"},
     rows=(
         Row("transformer.mask_emb", "query_start", Leading(2)),
@@ -193,6 +234,9 @@ WEIGHTS = WeightTable(
         *norm(f"{_TENSORS}.ff.layer_norm", f"{_PATH}.ffn_branch.norm_sum"),
         Row("lm_loss.weight", "head.decoder.kernel", Linear()),
         Row("lm_loss.bias", "head.bias"),
+        *linear("sequence_summary.summary", "head.pooler.dense"),
+        *linear("logits_proj", "head.classifier"),
+        *linear("qa_outputs", "head.spans"),
     ),
 )
 
@@ -201,8 +245,8 @@ FAMILY = Family(
     kind="permutation",
     paper="Yang et al. 2019, 1906.08237",
     presets=PRESETS,
-    heads=("MaskedLM",),
-    objectives=("Permutation",),
+    heads=("MaskedLM", "SequenceClassification", "QuestionAnswering", "None"),
+    objectives=("Permutation", "Classification", "QuestionAnswering"),
     reference="transformers XLNetLMHeadModel",
     hugging_face=HuggingFace(
         model_type="xlnet", from_hf=from_hf, to_hf=to_hf, weights=WEIGHTS, config=PermutationTransformer

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.models.references import Case, Inputs
+from tests.models.references import Case, Inputs, own_loss
 
 LENGTH, TARGETS, MEMORY = 10, 3, 5
 # Rows of a batch, an even number for bi_data: first and one past the last real token.
@@ -23,12 +23,19 @@ def cases() -> dict[str, Case]:
         "xlnet-permutation": case(parts=("mask", "segments", "order")),
         "xlnet-memory": case(parts=("segments", "order", "memory"), mem_len=8, reuse_len=6),
         "xlnet-both-directions": case(parts=("mask", "order"), tie_word_embeddings=False, **old),
+        "xlnet-classes": headed("XLNetForSequenceClassification", num_labels=3, summary_type="mean"),
+        "xlnet-spans": headed("XLNetForQuestionAnsweringSimple"),
         "xlnet-causal": case(parts=("segments", "memory"), attn_type="uni", same_length=True, mem_len=4),
     }
 
 
 def drawn(rng: np.random.Generator) -> Case:
     """A random configuration."""
+    if rng.random() < 0.3:
+        summary = {"summary_type": str(rng.choice(["last", "first", "mean"])), "summary_activation": "relu"}
+        labels = {"num_labels": int(rng.integers(1, 5)), **summary}
+        model = str(rng.choice(["XLNetForSequenceClassification", "XLNetForQuestionAnsweringSimple"]))
+        return headed(model, int(rng.integers(1000)), **(labels if "Sequence" in model else {}))
     heads = int(rng.integers(1, 5))
     causal = bool(rng.random() < 0.25)
     # transformers adds no mask to the causal one: their shapes differ
@@ -62,6 +69,20 @@ def case(seed: int = 0, parts: tuple[str, ...] = ("mask",), **changes: Any) -> C
     inputs = batch(config, seed, parts)
     outputs = ("logits", "mems") if "memory" in parts else ("logits",)
     return Case(config, "XLNetLMHeadModel", inputs, outputs=outputs, call=call)
+
+
+def headed(model: str, seed: int = 0, **changes: Any) -> Case:
+    """A model with a head that is no language model's; its loss is its own."""
+    base = case(seed, ("mask", "segments"), **changes)
+    rng = np.random.default_rng(seed)
+    inputs = {name: value for name, value in base.inputs.items() if name != "labels"}
+    if model == "XLNetForSequenceClassification":
+        numbers, classes = rng.normal(size=len(ROWS)), rng.integers(0, base.config.num_labels, len(ROWS))
+        inputs["labels"] = numbers.astype(np.float32) if base.config.num_labels == 1 else classes.astype(np.int32)
+        return Case(base.config, model, inputs, loss=own_loss, hidden=())
+    for name in ("start_positions", "end_positions"):
+        inputs[name] = rng.integers(0, LENGTH, len(ROWS)).astype(np.int32)
+    return Case(base.config, model, inputs, outputs=("start_logits", "end_logits"), loss=own_loss, hidden=())
 
 
 def batch(config: Any, seed: int, parts: tuple[str, ...]) -> Inputs:
