@@ -331,7 +331,7 @@ HEADS = ("MaskedLM", "SequenceClassification", "QuestionAnswering", "None")
 
 FAMILY = Family(
     name="Reformer",
-    kind="long-sequence encoder or decoder",
+    kind="encoder or decoder",
     paper="Kitaev et al. 2020 (2001.04451)",
     presets=PRESETS,
     heads=HEADS,

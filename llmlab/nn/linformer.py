@@ -138,8 +138,8 @@ class LinformerLayer(nnx.Module):
             )
         if seen.segments_BT is not None:
             raise ValueError(
-                "LinformerAttention would mix the documents of a packed row; give each document a row of its own "
-                "(no segment_ids)"
+                "LinformerAttention would mix the documents of a packed row; give each a row of its own, or do not "
+                "tell them apart (no segment_ids; isolate=False in packed data)"
             )
         if length > self.config.max_length:
             raise ValueError(

@@ -352,7 +352,8 @@ def _visibility(mask: Mask, cache: Cache | None, layer: str) -> Visibility:
     if seen.segments_BT is not None:
         raise ValueError(
             f"{layer} cuts a row into chunks wherever its documents begin, so a packed document would not be attended "
-            "to as it is alone; give each document a row of its own (no segment_ids)"
+            "to as it is alone; give each document a row of its own, or do not tell them apart (no segment_ids; "
+            "isolate=False in packed data)"
         )
     if cache is not None:
         raise ValueError(f"{layer} has no key/value cache; decode without one")
