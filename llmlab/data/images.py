@@ -202,7 +202,7 @@ class Images(Data):
         features = dict(builder.info.features or {})
         for wanted in (self.image, self.label, self.caption):
             if wanted is not None and wanted.partition("/")[0] not in features:
-                has = ", ".join(map(repr, features)) or "none"
+                has = ", ".join(map(repr, sorted(features))) or "none"
                 raise ValueError(f"the TFDS data set {self.name!r} has no feature {wanted!r}; it has {has}")
         return builder.as_data_source(split=split, decoders={self.image: tfds.decode.SkipDecoding()}), features
 

@@ -157,7 +157,10 @@ def test_what_is_not_there_is_an_error_that_says_what_is(tmp_path: Path) -> None
     where = write_data_set(tmp_path, splits, captions=False, channels=1)
     for wrong, message in (
         (Images("tiny", data_dir=where), "no split 'test'; it has 'train'"),
-        (Images("tiny", validation_split="train", label="digit", data_dir=where), "no feature 'digit'; it has 'image'"),
+        (
+            Images("tiny", validation_split="train", label="digit", data_dir=where),
+            "no feature 'digit'; it has 'image', 'label'",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             wrong.build(TOKENIZER, sequence_length=None, batch_size=1, seed=0)
