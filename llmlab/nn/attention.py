@@ -163,11 +163,11 @@ class AttentionLayer(nnx.Module):
         return self.attend(q_BSNH, k_BTKH, v_BTKH, mask, key, query_index, bias), cache
 
     def project(
-        self, x_BSD: Float[Array, "B S D"], source_BTD: Float[Array, "B T D"]
+        self, x_BSD: Float[Array, "B S D"], source_BTM: Float[Array, "B T M"]
     ) -> tuple[Float[Array, "B S N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
         """Queries of x, keys and values of the source, normalised per head where the config says so."""
-        k_BTKH = shard(self.key(source_BTD), "batch", "sequence", "kv_heads", "head_dim")
-        v_BTKH = shard(self.value(source_BTD), "batch", "sequence", "kv_heads", "head_dim")
+        k_BTKH = shard(self.key(source_BTM), "batch", "sequence", "kv_heads", "head_dim")
+        v_BTKH = shard(self.value(source_BTM), "batch", "sequence", "kv_heads", "head_dim")
         return self.queries(x_BSD), k_BTKH if self.norm_key is None else self.norm_key(k_BTKH), v_BTKH
 
     def queries(self, x_BSD: Float[Array, "B S D"]) -> Float[Array, "B S N H"]:

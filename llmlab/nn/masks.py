@@ -11,6 +11,7 @@ terms allow.
     Marked               Causal, but marked tokens see each other       (the same, wherever the prefix stands)
     Padding              keys that are real tokens
     Segments             keys of the query's own document                (packing several documents in one row)
+    Groups               keys of the groups that a query is told to see   (text that looks at images)
 
 Rules speak of indices into the sequence (slots), not of positions in a document: in a packed row the second
 document's first token has index 57, say, and position 0. Causal by index and same segment together are causal by
@@ -175,6 +176,22 @@ class Segments(Mask):
 
     def allowed(self, query_index: Index, kv_index: Index) -> Bool[Array, "B S T"]:
         return _take(self.query_BS, query_index)[:, :, None] == _take(self.kv_BT, kv_index)[:, None, :]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Groups(Mask):
+    """Keys come in groups of one size (the tokens of an image); a query sees the groups that it is told to."""
+
+    seen_BSG: Bool[Array, "B S G"]
+    """Whether each query sees each group."""
+    size: int = field(metadata={"static": True})
+    """Keys in a group."""
+
+    def allowed(self, query_index: Index, kv_index: Index) -> Bool[Array, "B S T"]:
+        query, kv = _pair(query_index, kv_index)
+        rows = jnp.arange(self.seen_BSG.shape[0])[:, None, None]
+        return self.seen_BSG.at[rows, query, kv // self.size].get(mode="clip")
 
 
 @jax.tree_util.register_dataclass

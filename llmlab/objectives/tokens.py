@@ -84,7 +84,15 @@ class NextToken(TokenObjective):
     """
 
     tasks: ClassVar[tuple[str, ...]] = ("next tokens",)
-    inputs: ClassVar[tuple[str, ...]] = ("input_ids", "attention_mask", "position_ids", "segment_ids", "pixel_values")
+    inputs: ClassVar[tuple[str, ...]] = (
+        "input_ids",
+        "attention_mask",
+        "position_ids",
+        "segment_ids",
+        "pixel_values",
+        "image_attention_mask",
+        "token_type_ids",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,12 +10,26 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmlab.nn.masks import All, Causal, Full, Marked, Mask, Padding, Prefix, Segments, SlidingWindow, Visibility
+from llmlab.nn.masks import (
+    All,
+    Causal,
+    Full,
+    Groups,
+    Marked,
+    Mask,
+    Padding,
+    Prefix,
+    Segments,
+    SlidingWindow,
+    Visibility,
+)
 
 ROWS, QUERIES, KEYS = 2, 6, 7
 SEGMENT_Q = np.array([[1, 1, 2, 2, 3, 3], [1, 2, 2, 2, 2, 9]])
 SEGMENT_K = np.array([[1, 1, 2, 2, 3, 3, 4], [1, 2, 2, 2, 2, 3, 3]])
 REAL = np.array([[0, 1, 1, 1, 0, 1, 1], [1, 1, 1, 1, 1, 1, 0]], bool)
+
+GROUPS = np.array([[[q % 2, q > 2, q < 4] for q in range(6)], [[1, q % 3, 0] for q in range(6)]]).astype(bool)
 
 RULES = {
     "full": (Full(), lambda b, q, k: True),
@@ -23,6 +37,7 @@ RULES = {
     "window": (SlidingWindow(2, 1), lambda b, q, k: q - 2 <= k <= q + 1),
     "left window": (SlidingWindow(left=2), lambda b, q, k: q - 2 <= k),
     "prefix": (Prefix(jnp.array([3, 0])), lambda b, q, k: k < (3, 0)[b] or k <= q),
+    "groups": (Groups(jnp.array(GROUPS), 3), lambda b, q, k: GROUPS[b, q, k // 3]),
     "marked": (Marked(jnp.array(REAL)), lambda b, q, k: k <= q or (REAL[b, q] and REAL[b, k])),
     "padding": (Padding(jnp.array(REAL)), lambda b, q, k: REAL[b, k]),
     "segments": (
