@@ -43,6 +43,9 @@ class Head(abc.ABC):
 class Tied(Head):
     """The embedding table scores the next token (Press and Wolf 2017, 1608.05859)."""
 
+    scale: float = 1.0
+    """Factor on the scores; 1/sqrt(embed_dim) where embeddings have size one (PaLM)."""
+
     def build(self, dim: int, vocab_size: int, *, rngs: nnx.Rngs) -> None:
         return None
 

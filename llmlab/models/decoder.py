@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from llmlab.models.config import Transformer
+from llmlab.models.config import Tied, Transformer
 from llmlab.models.losses import mean_cross_entropy
 from llmlab.models.outputs import CausalOutput, Hidden
 from llmlab.nn.config import Auxiliary, Block, Cache, Context
@@ -133,8 +133,10 @@ class DecoderModel(nnx.Module):
 
     def project(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Scores over the vocabulary, float32."""
-        logits = self.embedding.tokens.attend(hidden) if self.head is None else self.head(hidden)
-        return logits.astype(jnp.float32)
+        if self.head is not None:
+            return self.head(hidden).astype(jnp.float32)
+        logits, head = self.embedding.tokens.attend(hidden).astype(jnp.float32), self.config.head
+        return logits * head.scale if isinstance(head, Tied) and head.scale != 1.0 else logits
 
 
 def valid_tokens(

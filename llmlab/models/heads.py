@@ -207,6 +207,7 @@ class MaskedLMHead(nnx.Module):
         dim, vocab_size, width = inputs.dim, inputs.vocab_size, config.width(inputs.dim)
         self.transform = config.transform.build(dim, rngs=rngs) if config.transform is not None else None
         self.decoder = config.decoder.build(width, vocab_size, rngs=rngs)
+        self.scale = config.decoder.scale if isinstance(config.decoder, Tied) else 1.0
         # How much wider the states are than the table that scores them.
         beyond = width - inputs.table[1] if self.decoder is None and inputs.table is not None else 0
         if beyond < 0:
@@ -225,6 +226,7 @@ class MaskedLMHead(nnx.Module):
             logits = jnp.einsum("...E,VE->...V", x[..., :width], table_VE)
             if self.rest is not None:
                 logits = logits + self.rest(x[..., width:])
+            logits = logits if self.scale == 1.0 else logits * self.scale
         return (logits if self.bias is None else logits + self.bias[...]).astype(jnp.float32)
 
     def __call__(

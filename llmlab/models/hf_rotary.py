@@ -15,17 +15,39 @@ from llmlab.nn.rotary_scaling import DynamicNTK, Linear, Llama3, RotaryScaling, 
 _KINDS = {kind: kind for kind in ("default", "linear", "dynamic", "yarn", "llama3")}
 
 
-def rotary_from_hf(hf: Attributes) -> Rotary:
-    """Rotary positions of a config; what is wrong or not implemented is noted in `hf`."""
+def rotary_from_hf(
+    hf: Attributes,
+    *,
+    theta: float = 10_000.0,
+    length: int = 2048,
+    fraction: float | None = None,
+    interleaved: bool = False,
+) -> Rotary:
+    """Rotary positions of a config; what is wrong or not implemented is noted in `hf`.
+
+    Args:
+        hf: the config's attributes.
+        theta: the family's default of the base.
+        length: the family's default of the longest sequence.
+        fraction: the family's default of the share of a head that is rotated; None for families that rotate all.
+        interleaved: whether the family rotates neighbours.
+    """
     rope = hf.nested("rope_scaling", "rope_parameters")
-    length = hf.integer("max_position_embeddings", 2048)
+    length = hf.integer("max_position_embeddings", length)
     # where it stands beside the rope's own attributes, transformers prefers it
     original = hf.optional("original_max_position_embeddings", int)
-    theta = rope.real("rope_theta", hf.real("rope_theta", 10_000.0))
-    for part in (hf, rope):
-        part.fixed("partial_rotary_factor", 1.0, 1)
+    theta = rope.real("rope_theta", hf.real("rope_theta", theta))
+    if fraction is None:
+        for part in (hf, rope):
+            part.fixed("partial_rotary_factor", 1.0, 1)
+    else:
+        fraction = rope.real("partial_rotary_factor", hf.real("partial_rotary_factor", fraction))
+        if not 0.0 < fraction <= 1.0:
+            hf.problem(f"partial_rotary_factor={fraction} is not in (0, 1]")
+            fraction = 1.0
     kind = rope.choice("rope_type", _KINDS, rope.choice("type", _KINDS, "default"))
-    return Rotary(theta=theta, scaling=_scaling(kind, rope, length, original))
+    scaling = _scaling(kind, rope, length, original)
+    return Rotary(theta=theta, fraction=1.0 if fraction is None else fraction, interleaved=interleaved, scaling=scaling)
 
 
 def rotary_to_hf(rotary: Rotary, context_length: int | None) -> dict[str, Any]:
@@ -62,7 +84,8 @@ def rotary_to_hf(rotary: Rotary, context_length: int | None) -> dict[str, Any]:
         length = context_length or int(scaling.factor * scaling.original_max_length)
     if rope is not None:
         rope = {name: value for name, value in rope.items() if value is not None}
-    return {"max_position_embeddings": length, "rope_theta": rotary.theta, "rope_scaling": rope}
+    attributes = {"max_position_embeddings": length, "rope_theta": rotary.theta, "rope_scaling": rope}
+    return attributes if rotary.fraction == 1.0 else attributes | {"partial_rotary_factor": rotary.fraction}
 
 
 def _scaling(kind: str, rope: Attributes, length: int, original: int | None) -> RotaryScaling | None:

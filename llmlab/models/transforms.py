@@ -13,6 +13,7 @@ shapes, so one table serves every size of a family.
     Axis         (1, n, 1, d)                                   (n, d): vectors along one axis of a grid
     OutputFirst  (out, *in)                                     kernel (*in, out)
     Fused        one tensor, parts side by side along an axis   one leaf for each part
+    FusedByHead  one tensor, (heads, parts, head_dim) rows      one leaf (*in, heads, head_dim) for each part
     Stacked      one tensor for each expert                     one leaf with a leading dimension
 """
 
@@ -225,6 +226,26 @@ class Fused(Transform):
 
     def to_tensors(self, leaves: Arrays) -> Arrays:
         return (np.concatenate([self.part.to_tensor(leaf) for leaf in leaves], axis=self.axis),)
+
+
+@dataclass(frozen=True)
+class FusedByHead(Transform):
+    """One tensor that holds the parts of every head side by side, (heads * parts * head_dim, in) or a vector of as
+    many; each part becomes a leaf (in, heads, head_dim), or (heads, head_dim)."""
+
+    def tensor_shapes(self, shapes: tuple[Shape, ...]) -> tuple[Shape, ...]:
+        rows = sum(math.prod(shape[-2:]) for shape in shapes)
+        return ((rows, *shapes[0][:-2]),)
+
+    def to_leaves(self, tensors: Arrays, shapes: tuple[Shape, ...]) -> Arrays:
+        (tensor,), (heads, head_dim) = tensors, shapes[0][-2:]
+        rows = tensor.reshape(heads, len(shapes), head_dim, -1)
+        return tuple(rows[:, i].transpose(2, 0, 1).reshape(shape) for i, shape in enumerate(shapes))
+
+    def to_tensors(self, leaves: Arrays) -> Arrays:
+        parts = [leaf.reshape(-1, *leaf.shape[-2:]).transpose(1, 2, 0) for leaf in leaves]
+        rows = np.stack(parts, axis=1).reshape(-1, parts[0].shape[-1])
+        return (rows if leaves[0].ndim == 3 else rows[:, 0],)
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,8 @@ class Case:
     """Loss from transformers' output and the inputs as tensors; see `cross_entropy` and `own_loss`."""
     saved: Callable[[str], str] = lambda name: name
     """Name in checkpoints of a parameter of the transformers model, which may spell its modules in a new way."""
+    parts: Callable[[str, Any], Mapping[str, Any]] = lambda name, gradient: {name: gradient}
+    """What checkpoints hold of a parameter, by name, where that is several tensors (experts)."""
     hidden: tuple[str, ...] = ("labels",)
     """Inputs that transformers is not called with."""
     renamed: Mapping[str, str] = field(default_factory=dict)
@@ -197,7 +199,8 @@ def reference(model: Any, case: Case) -> Inputs:
     loss = case.loss(output, tensors)
     loss.backward()
     values = {name: getattr(output, case.fields.get(name, name)).detach().numpy() for name in case.outputs}
-    gradients = {case.saved(name): p.grad for name, p in model.named_parameters() if p.grad is not None}
+    whole = {case.saved(name): p.grad for name, p in model.named_parameters() if p.grad is not None}
+    gradients = {part: gradient for name, grad in whole.items() for part, gradient in case.parts(name, grad).items()}
     return {
         **{f"input.{name}": value for name, value in case.inputs.items()},
         **{f"output.{name}": value.copy() for name, value in values.items()},

@@ -80,7 +80,7 @@ class MixtureOfExpertsLayer(nnx.Module):
     def __init__(self, config: MixtureOfExperts, dim: int, *, rngs: nnx.Rngs, depth: int = 1) -> None:
         assert isinstance(config.expert, MLP | GatedMLP)
         self.config = config
-        self.router = Dense((("embed", dim),), (("experts", config.num_experts),), bias=False, rngs=rngs)
+        self.router = Dense((("embed", dim),), (("router", config.num_experts),), bias=False, rngs=rngs)
         self.experts = Experts(config.expert, config.num_experts, dim, rngs=rngs, depth=depth)
         self.shared = config.shared.build(dim, rngs=rngs, depth=depth) if config.shared is not None else None
 
