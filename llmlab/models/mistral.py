@@ -97,13 +97,14 @@ def from_hf(config: Mapping[str, Any]) -> Transformer:
     hf = Attributes(config, "mistral")
     hf.common()
     hf.architecture({"MistralForCausalLM": None, "MistralModel": None})
+    width, heads = hf.integer("hidden_size", 4096), hf.integer("num_attention_heads", 32)
     build = partial(
         mistral,
-        embed_dim=hf.integer("hidden_size", 4096),
+        embed_dim=width,
         num_layers=hf.integer("num_hidden_layers", 32),
-        num_heads=hf.integer("num_attention_heads", 32),
+        num_heads=heads,
         num_kv_heads=hf.integer("num_key_value_heads", 8),
-        head_dim=hf.optional("head_dim", int),
+        head_dim=hf.optional("head_dim", int, width // heads),
         hidden_dim=hf.integer("intermediate_size", 14336),
         window=window_from_hf(hf, config, 4096),
         vocab_size=hf.integer("vocab_size", 32000),

@@ -122,13 +122,14 @@ def from_hf(config: Mapping[str, Any]) -> Transformer:
     hf.architecture({"MixtralForCausalLM": None, "MixtralModel": None})
     hf.fixed("router_jitter_noise", 0.0, 0)  # there it perturbs what the experts see, here what the router sees
     balance = hf.real("router_aux_loss_coef", 0.001)
+    width, heads = hf.integer("hidden_size", 4096), hf.integer("num_attention_heads", 32)
     build = partial(
         mixtral,
-        embed_dim=hf.integer("hidden_size", 4096),
+        embed_dim=width,
         num_layers=hf.integer("num_hidden_layers", 32),
-        num_heads=hf.integer("num_attention_heads", 32),
+        num_heads=heads,
         num_kv_heads=hf.integer("num_key_value_heads", 8),
-        head_dim=hf.optional("head_dim", int),
+        head_dim=hf.optional("head_dim", int, width // heads),
         hidden_dim=hf.integer("intermediate_size", 14336),
         num_experts=hf.integer("num_local_experts", 8),
         experts_per_token=hf.integer("num_experts_per_tok", 2),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from llmlab.models import gpt2, llama
+from llmlab.models import bloom, glm, gpt2, llama, mistral, mixtral
 from llmlab.models.config import Tied, Transformer, Untied
 from llmlab.models.decoder import DecoderModel
 from llmlab.models.outputs import CausalOutput
@@ -93,6 +93,12 @@ def assert_trees_close(ours: Params, theirs: Params) -> None:
         (llama.preset("llama3.1-8b"), 8_030_261_248),
         (llama.preset("llama3-70b"), 70_553_706_496),
         (llama.preset("llama3.1-405b"), 405_853_388_800),
+        (mistral.preset("mistral-7b"), 7_241_732_096),
+        (mixtral.preset("mixtral-8x7b"), 46_702_792_704),
+        (glm.preset("glm-4-9b"), 9_399_951_360),
+        (bloom.preset("bloom-560m"), 559_214_592),
+        (bloom.preset("bloom-7b1"), 7_069_016_064),
+        (bloom.preset("bloom-176b"), 176_247_271_424),
     ],
 )
 def test_presets_have_the_published_number_of_parameters(config, published):

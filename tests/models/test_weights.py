@@ -10,6 +10,7 @@ from llmlab.models.transforms import (
     Conv1D,
     Conv2D,
     Fused,
+    FusedByHead,
     Identity,
     Leading,
     Linear,
@@ -91,6 +92,8 @@ class Reversed(One):
         (Fused(Conv1D(), axis=1), ((6, 4, 3), (6, 2, 3), (6, 2, 3))),
         (Fused(Linear(), axis=0), ((6, 4, 3), (6, 2, 3), (6, 2, 3))),
         (Fused(Vector(), axis=0), ((4, 3), (2, 3))),
+        (FusedByHead(), ((6, 4, 3), (6, 4, 3), (6, 4, 3))),
+        (FusedByHead(), ((4, 3), (4, 3))),
         (Stacked(Linear()), ((5, 6, 4),)),
         (Reversed(), ((2, 3),)),
     ],
@@ -320,3 +323,14 @@ def test_copies_of_a_tied_tensor_may_lack_the_prefix():
     table = WeightTable(prefix="model.", tied={"model.tokens": "model.shared"}, rows=(Row("model.shared", "table"),))
     source = Memory(shared=draw(2), tokens=draw(2))
     np.testing.assert_array_equal(loaded(table, {"table": draw(2)}, source)["table"], draw(2))
+
+
+def test_rows_fused_by_head_are_read_head_by_head():
+    """BLOOM: row (n, part, h) of the weight makes dimension h of head n of query, key or value."""
+    random = np.random.default_rng(0)
+    x, weight, bias = random.normal(size=8), random.normal(size=(2 * 3 * 5, 8)), random.normal(size=2 * 3 * 5)
+    kernels = FusedByHead().to_leaves((weight,), ((8, 2, 5),) * 3)
+    biases = FusedByHead().to_leaves((bias,), ((2, 5),) * 3)
+    fused = (weight @ x + bias).reshape(2, 3, 5)
+    for part, (kernel, shift) in enumerate(zip(kernels, biases, strict=True)):
+        np.testing.assert_allclose(np.einsum("d,dnh->nh", x, kernel) + shift, fused[:, part])

@@ -25,9 +25,12 @@ def cases() -> dict[str, Case]:
 def drawn(rng: np.random.Generator) -> Case:
     """A random configuration."""
     experts = int(rng.integers(1, 7))
+    decoder = random_decoder(rng)
+    # torch's grouped matmul wants rows of whole 16 bytes
+    decoder |= {name: 4 * int(rng.integers(1, 9)) for name in ("hidden_size", "intermediate_size")}
     return case(
         seed=int(rng.integers(1000)),
-        **random_decoder(rng),
+        **decoder,
         hidden_act=str(rng.choice(["silu", "gelu", "relu"])),
         sliding_window=None if rng.random() < 0.5 else int(rng.integers(1, 14)),
         num_local_experts=experts,
