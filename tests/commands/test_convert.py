@@ -17,7 +17,7 @@ from llmlab.experiment import Experiment
 from llmlab.models.llama import llama
 from llmlab.nn.module import split
 from llmlab.optim import AdamW
-from llmlab.runs import _weights
+from llmlab.runs import pretrained
 from llmlab.tokenizers import Bytes, SentencePiece
 from llmlab.training.checkpoint import save_params
 from llmlab.training.config import Train
@@ -61,7 +61,7 @@ def test_a_converted_model_initialises_an_experiment_of_its_shape(tmp_path: Path
     main([str(FIXTURES / "gpt2"), str(tmp_path / "model")])
     model = llmlab.load(FIXTURES / "gpt2")
     shapes = model.config.abstract()[1]
-    weights = _weights(str(tmp_path / "model"), shapes)
+    weights = pretrained(str(tmp_path / "model"), model.config)(shapes)
     assert (weights["embedding"]["tokens"]["table"] == model.embedding.tokens.table[...]).all()
 
 
