@@ -81,6 +81,10 @@ class PaliGemma(ModelConfig):
     def num_tokens(self, shapes: Shapes) -> int:
         return self.text.num_tokens(shapes)
 
+    def batch_shapes(self, batch_size: int, length: int) -> Shapes:
+        size = self.vision.image_size
+        return {"input_ids": (batch_size, length), "pixel_values": (batch_size, size, size, self.vision.channels)}
+
     def flops(self, shapes: Shapes, *, training: bool = True) -> int:
         images = math.prod(shapes["pixel_values"][:-3])
         projector = 2 * self.vision.length * self.vision.embed_dim * self.text.embed_dim

@@ -93,6 +93,10 @@ class VisualDecoder(ModelConfig):
     def build(self, rngs: nnx.Rngs) -> "VisualDecoderModel":
         return VisualDecoderModel(self, rngs=rngs)
 
+    def batch_shapes(self, batch_size: int, length: int) -> Shapes:
+        size = self.vision.image_size
+        return {"input_ids": (batch_size, length), "pixel_values": (batch_size, 1, size, size, self.vision.channels)}
+
     def flops(self, shapes: Shapes, *, training: bool = True) -> int:
         batch, length = shapes["input_ids"]
         images, memory = shapes["pixel_values"][1], shapes["pixel_values"][1] * self.tokens_per_image
