@@ -3,7 +3,7 @@
     local token i     sees    i-w ... i ... i+w  and the global tokens      softmax(q k^T / sqrt(H)) v
     global token      sees    every token                                   softmax(q' k'^T / sqrt(H)) v'
 
-    . L . . g . L L L .        one row of the matrix: token 7 with w = 1 sees its neighbours and the global token 4
+    . . . . g . L L L .        one row of the matrix: token 7 with w = 1 sees its neighbours and the global token 4
 
 Full attention costs O(S^2) in the length S; a stack of L layers of windows still passes information over L w tokens at
 O(S w), and global tokens (the classifier's first token, a question) connect everything in two hops at O(S G). The

@@ -28,8 +28,9 @@ from llmlab.nn.kernels.heads import products, weighted
 from llmlab.nn.kernels.scoring import FORBIDDEN, Scoring, row_max
 from llmlab.nn.masks import Mask
 from llmlab.nn.platform import platform
+from llmlab.sharding.rules import active_mesh
 
-# Bytes of logits in one step of the loop: on CPU they should stay in the cache, elsewhere they should fill the machine.
+# Bytes of a device's logits in one step of the loop: on CPU they should stay in the cache, elsewhere fill the machine.
 _STEP_BYTES, _CPU_STEP_BYTES = 2**28, 2**20
 
 
@@ -155,7 +156,9 @@ def _blocks(x: jax.Array, block: int, margin: int) -> jax.Array:
 
 def _together(count: int, step_bytes: int) -> int:
     """Of `count` blocks, how many at once: the most whose logits fit, so that all steps are of one size."""
-    limit = (_CPU_STEP_BYTES if platform() == "cpu" else _STEP_BYTES) // step_bytes
+    mesh = active_mesh()
+    each = _CPU_STEP_BYTES if platform() == "cpu" else _STEP_BYTES
+    limit = each * (1 if mesh is None else mesh.size) // step_bytes
     return max((n for n in range(1, count + 1) if count % n == 0 and n <= limit), default=1)
 
 
@@ -180,12 +183,16 @@ class _Lists:
         parts = [jnp.broadcast_to(shared, (together, *shared.shape))] if self.num_shared else []
         parts += [around[o : o + together] for o in range(2 * side + 1)]
         if self.num_scattered:
-            far_PKRBTH = x[self.scattered_PKR + side, :, jnp.arange(x.shape[2])[:, None]]
-            parts += list(far_PKRBTH.transpose(2, 0, 3, 1, 4, 5))
+            # vmap and not an index for the heads: a mesh can then split them
+            far = jax.vmap(lambda x, blocks: x[blocks], in_axes=(2, 1), out_axes=3)(x, self.scattered_PKR + side)
+            parts += list(far.swapaxes(0, 1))  # (R, P, B, K, block, H)
         return jnp.concatenate(parts, axis=3)
 
     def give(self, sums: tuple[jax.Array, jax.Array], lists: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The transpose of `take`: adds lists to x and shared, which they were taken from. H comes before tokens."""
+        """Adds the shared and near keys of the lists to x and shared, which they were taken from.
+
+        With `scatter` this is the transpose of `take`. H comes before the tokens.
+        """
         x, shared = sums
         together, block, side = self.plan.together, self.plan.grid.block, self.plan.grid.side
         end = self.num_shared
@@ -195,12 +202,13 @@ class _Lists:
         for o in range(2 * side + 1):
             around = around.at[o : o + together].add(lists[..., end : end + block])
             end += block
-        x = jax.lax.dynamic_update_slice_in_dim(x, around, self.first, 0)
-        if self.num_scattered:
-            far = lists[..., end:].reshape(*lists.shape[:4], self.num_scattered, block)
-            heads = jnp.arange(x.shape[2])[:, None]
-            x = x.at[self.scattered_PKR + side, :, heads].add(far.transpose(0, 2, 4, 1, 3, 5))
-        return x, shared
+        return jax.lax.dynamic_update_slice_in_dim(x, around, self.first, 0), shared
+
+    def rest(self, lists: jax.Array) -> jax.Array:
+        """The scattered keys of the lists, (P, R, B, K, H, block)."""
+        num, block = self.num_scattered, self.plan.grid.block
+        far = lists[..., lists.shape[-1] - num * block :]
+        return far.reshape(*lists.shape[:4], num, block).transpose(0, 4, 1, 2, 3, 5)
 
     def map(self, function: Callable[..., Any], *args: jax.Array) -> Any:
         """function(place, *args of one block) for all P blocks."""
@@ -298,20 +306,30 @@ def _backward(plan: _Plan, residuals: tuple[Any, ...], do: jax.Array) -> tuple[A
         (dproducts,) = pull_back(weights * (place.dropped(products(do, v)) - delta))
         return weighted(dproducts, k).astype(q.dtype), _gathered(qT, dproducts), _gathered(doT, place.dropped(weights))
 
-    def step(sums: Any, turn: tuple[jax.Array, ...]) -> tuple[Any, jax.Array]:
+    def step(sums: Any, turn: tuple[jax.Array, ...]) -> tuple[Any, tuple[jax.Array, ...]]:
         number, q, *rest = turn
         lists = _Lists(plan, rules, number)
         dq, dk, dv = lists.map(block, q, *rest, lists.take(k, shared_k), lists.take(v, shared_v))
-        return (lists.give(sums[0], dk), lists.give(sums[1], dv)), dq
+        return (lists.give(sums[0], dk), lists.give(sums[1], dv)), (dq, lists.rest(dk), lists.rest(dv))
 
     def zeros(x: jax.Array) -> jax.Array:
         return jnp.zeros(x.swapaxes(-1, -2).shape, jnp.float32)
 
     number, q = _turns(plan, q)
     start = ((zeros(k), zeros(shared_k)), (zeros(v), zeros(shared_v)))
-    sums, dq = jax.lax.scan(step, start, (number, q, do, _rows_last(q), _rows_last(do), lse, delta))
-    (dk, dshared_k), (dv, dshared_v) = jax.tree.map(lambda x: x.swapaxes(-1, -2).astype(q.dtype), sums)
+    sums, (dq, far_k, far_v) = jax.lax.scan(step, start, (number, q, do, _rows_last(q), _rows_last(do), lse, delta))
+    ((dk, dshared_k), (dv, dshared_v)) = sums
+    if rules.scattered_CKR.size:
+        # Once for all: inside the loop, XLA copies the array that is scattered into at every turn.
+        dk, dv = (_scattered(x, far, rules.scattered_CKR + plan.grid.side) for x, far in ((dk, far_k), (dv, far_v)))
+    dk, dv, dshared_k, dshared_v = (x.swapaxes(-1, -2).astype(q.dtype) for x in (dk, dv, dshared_k, dshared_v))
     return dq.reshape(-1, *dq.shape[2:]), dk, dv, dshared_k, dshared_v, None
+
+
+def _scattered(x: jax.Array, far: jax.Array, blocks_CKR: jax.Array) -> jax.Array:
+    """x (C, B, K, H, block) with `far` (turns, P, R, B, K, H, block) added at these blocks of each head."""
+    add = jax.vmap(lambda x, blocks, far: x.at[blocks].add(far), in_axes=(2, 1, 3), out_axes=2)
+    return add(x, blocks_CKR, far.reshape(-1, *far.shape[2:]))
 
 
 def _rows_last(x: jax.Array) -> jax.Array:
