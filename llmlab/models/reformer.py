@@ -57,12 +57,13 @@ def reformer(
     epsilon: float = 1e-12,
     dropout: float = 0.0,
     embedding_std: float = 0.02,
+    ffn_chunk: int | None = None,
     head: EncoderHead | None = LANGUAGE_MODEL,
 ) -> ReversibleTransformer:
     """The Reformer shape at any size; `layers` names each layer's attention, "local" or "lsh"."""
     ffn, layer_norm = MLP(hidden_dim=hidden_dim, activation=activation, dropout=dropout), LayerNorm(epsilon=epsilon)
     blocks = {
-        name: Block(mixer=mixer, ffn=ffn, norm=layer_norm, wiring=Reversible(), dropout=dropout)
+        name: Block(mixer=mixer, ffn=ffn, norm=layer_norm, wiring=Reversible(chunk=ffn_chunk), dropout=dropout)
         for name, mixer in (("local", local), ("lsh", lsh))
     }
     period = next(n for n in range(1, len(layers) + 1) if all(a == b for a, b in zip(layers, layers[n:], strict=False)))
@@ -166,6 +167,7 @@ def from_hf(config: Mapping[str, Any]) -> ReversibleTransformer:
         epsilon=hf.real("layer_norm_eps", 1e-12),
         dropout=dropout,
         embedding_std=std,
+        ffn_chunk=int(hf.real("chunk_size_feed_forward", 0)) or None,
     )
     lsh = partial(
         LSHAttention,
@@ -226,7 +228,8 @@ def _position(hf: Attributes, dim: int, std: float, max_length: int) -> AddedPos
 def to_hf(model: ReversibleTransformer) -> dict[str, Any]:
     """Hugging Face config of a model; ValueError lists everything that a reformer config cannot express."""
     kinds = {LocalAttention: "local", LSHAttention: "lsh"}
-    mixers, ffn, position = [b.mixer for b in model.layers()], model.layers()[0].ffn, model.position
+    first, mixers, position = model.layers()[0], [block.mixer for block in model.layers()], model.position
+    ffn, wiring = first.ffn, first.wiring
     if not (
         all(type(mixer) in kinds for mixer in mixers)
         and isinstance(ffn, MLP)
@@ -253,6 +256,7 @@ def to_hf(model: ReversibleTransformer) -> dict[str, Any]:
         "attention_head_size": head_width(model.embed_dim, width.num_heads, width.head_dim),
         "feed_forward_size": ffn.hidden_dim,
         "hidden_act": activation_to_hf(ffn.activation),
+        "chunk_size_feed_forward": wiring.chunk or 0 if isinstance(wiring, Reversible) else 0,
         "hidden_dropout_prob": model.dropout,
         "initializer_range": model.embedding_std,
         "layer_norm_eps": model.final_norm.epsilon,

@@ -16,6 +16,9 @@ the depth.
     trades    exactness: inputs come back with rounding, once per layer. What is discrete in a layer (which bucket a
               vector falls into) may then, rarely, be decided otherwise in the backward pass than in the forward pass
 
+A feed-forward is wide, so within a layer its hidden activations are the largest: `chunk` transforms so many positions
+at a time and computes each chunk again in the backward pass (Reformer, section 3).
+
 Both streams start as the embedding; the output is both, side by side: (B, S, 2D).
 """
 
@@ -40,16 +43,24 @@ Streams = tuple[Float[Array, "B S D"], Float[Array, "B S D"]]
 class Reversible(Wiring):
     """x1 + F(norm(x2)), x2 + G(norm(y1)). Its layers stand in a ReversibleStack, which carries the two streams."""
 
+    chunk: int | None = None
+    """Positions that the feed-forward transforms at a time: memory for time, the result is the same. None for all."""
+
+    def __post_init__(self) -> None:
+        if self.chunk is not None and self.chunk < 1:
+            raise ValueError(f"chunk={self.chunk} is not positive; None transforms all positions at once")
+
     def build(self, block: Block, dim: int, *, rngs: nnx.Rngs, depth: int = 1) -> "ReversibleLayer":
         if block.cross is not None:
             raise ValueError("Reversible wiring has no place for cross-attention; use PreNorm, PostNorm or Sandwich")
-        return ReversibleLayer(block, dim, rngs=rngs, depth=depth)
+        return ReversibleLayer(block, dim, self.chunk, rngs=rngs, depth=depth)
 
 
 class ReversibleLayer(nnx.Module):
     """See Reversible."""
 
-    def __init__(self, block: Block, dim: int, *, rngs: nnx.Rngs, depth: int) -> None:
+    def __init__(self, block: Block, dim: int, chunk: int | None, *, rngs: nnx.Rngs, depth: int) -> None:
+        self.chunk = chunk
         self.dropout = block.dropout
         self.mixer = block.mixer.build(dim, rngs=rngs, depth=depth)
         self.ffn = block.ffn.build(dim, rngs=rngs, depth=depth)
@@ -70,6 +81,21 @@ class ReversibleLayer(nnx.Module):
 
     def transform(self, x_BSD: Float[Array, "B S D"], context: Context, key: jax.Array | None) -> Float[Array, "B S D"]:
         """G: what the feed-forward adds to the second stream, from the first."""
+        batch, length, dim = x_BSD.shape
+        if self.chunk is None or length <= self.chunk:
+            return self._transform(x_BSD, context, key)
+        missing = -length % self.chunk
+        x_BCTD = jnp.pad(x_BSD, ((0, 0), (0, missing), (0, 0))).reshape(batch, -1, self.chunk, dim)
+
+        @jax.checkpoint
+        def part(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
+            x_BTD, number = inputs
+            return self._transform(x_BTD, context, None if key is None else jax.random.fold_in(key, number))
+
+        y_CBTD = jax.lax.map(part, (x_BCTD.swapaxes(0, 1), jnp.arange(x_BCTD.shape[1])))
+        return y_CBTD.swapaxes(0, 1).reshape(batch, -1, dim)[:, :length]
+
+    def _transform(self, x_BSD: jax.Array, context: Context, key: jax.Array | None) -> jax.Array:
         key_ffn, key_dropout = split_key(key, 2)
         h_BSD = x_BSD if self.norm_ffn is None else self.norm_ffn(x_BSD)
         y_BSD, auxiliary = self.ffn(h_BSD, context, key_ffn)

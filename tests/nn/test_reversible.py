@@ -21,9 +21,9 @@ from llmlab.nn.stack import Execution, Stack
 DIM, LENGTH, ROWS = 8, 24, 2
 
 
-def block(mixer: Any, dropout: float = 0.0, hidden_dim: int = 16) -> Block:
+def block(mixer: Any, dropout: float = 0.0, hidden_dim: int = 16, chunk: int | None = None) -> Block:
     ffn = MLP(hidden_dim=hidden_dim, dropout=dropout)
-    return Block(mixer=mixer, ffn=ffn, norm=LayerNorm(), wiring=Reversible(), dropout=dropout)
+    return Block(mixer=mixer, ffn=ffn, norm=LayerNorm(), wiring=Reversible(chunk=chunk), dropout=dropout)
 
 
 LOCAL = LocalAttention(num_heads=2, chunk=4)
@@ -124,6 +124,27 @@ def test_memory_does_not_grow_with_the_depth():
     plain = memory(4, "unroll", reversible=False) - memory(2, "unroll", reversible=False)
     grown = memory(4, "unroll") - memory(2, "unroll")
     assert grown < 0.06 * plain  # gradients of parameters wait to be stacked
+
+
+def test_a_feed_forward_in_chunks_is_the_same_for_less_memory():
+    def gradient(chunk: int | None) -> tuple[Any, int]:
+        mixer = LocalAttention(num_heads=1, chunk=4)
+        layers = (block(mixer, hidden_dim=256, chunk=chunk),)
+        graphdef, state = nnx.split(ReversibleStack(layers, 1, DIM, Execution(), rngs=nnx.Rngs(params=0)))
+
+        def total(state, x):
+            return jnp.sum(nnx.merge(graphdef, state)(x, context(x.shape[1]))[0] ** 2)
+
+        x = jnp.float32(np.random.default_rng(0).normal(size=(ROWS, 500, DIM)))
+        program: Any = jax.jit(jax.grad(total, argnums=(0, 1))).lower(state, x).compile()
+        return program(state, x), program.memory_analysis().temp_size_in_bytes
+
+    (whole, large), (parts, small) = gradient(None), gradient(64)  # 500 is no multiple of 64
+    assert small < large / 2
+    for a, b in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
+    with pytest.raises(ValueError, match="chunk=0 is not positive"):
+        Reversible(chunk=0)
 
 
 def test_what_it_cannot_do_is_refused():

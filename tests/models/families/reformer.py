@@ -29,7 +29,9 @@ def cases() -> dict[str, Case]:
         # neither is cut into chunks
         "reformer-masked-short": case("ForMaskedLM", lsh_attn_chunk_length=16, local_attn_chunk_length=12),
         "reformer-classes": case("ForSequenceClassification", num_labels=3, lsh_attn_chunk_length=8),
-        "reformer-spans": case("ForQuestionAnswering", attn_layers=["lsh", "local", "local"]),
+        "reformer-spans": case(
+            "ForQuestionAnswering", attn_layers=["lsh", "local", "local"], chunk_size_feed_forward=4
+        ),
         "reformer-bare": case("Model", is_decoder=True, num_buckets=6, attention_head_size=5),
     }
 
@@ -56,6 +58,7 @@ def drawn(rng: np.random.Generator) -> Case:
         vocab_size=int(rng.integers(3, 90)),
         hidden_act=str(rng.choice(["relu", "gelu", "silu"])),
         layer_norm_eps=float(rng.choice([1e-12, 1e-3])),
+        chunk_size_feed_forward=int(rng.choice([0, 2])),
         num_hashes=int(rng.integers(1, 4)),
         num_buckets=[None, 2, 6, [2, 2], [4, 2, 2]][rng.integers(5)],
         lsh_attn_chunk_length=int(rng.choice([2, 4, 6, 12])),
