@@ -249,7 +249,7 @@ def weight_table(norm_place: str) -> WeightTable:
         zeros=("final_logits_bias",),
         ignored=("model.encoder.version", "model.decoder.version"),
         rows=(
-            Row("final_logits_bias", "constant", Leading(1)),
+            Row("final_logits_bias", "logits_bias", Leading(1)),
             Row(shared, "embedding.table", excludes=own),
             Row(encoder, "embedding.table", requires=own),
             Row(decoder, own),

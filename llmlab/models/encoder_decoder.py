@@ -217,7 +217,8 @@ class EncoderDecoderModel(nnx.Module):
         self.encoder = SideStack(config.encoder, dim, execution, rate, rngs=rngs)
         self.decoder = SideStack(config.decoder, dim, execution, rate, rngs=rngs)
         self.head = config.head.build(dim, config.vocab_size, rngs=rngs)
-        self.constant = nnx.Param(jnp.zeros(config.vocab_size), axes=("vocab",)) if config.logits_constant else None
+        constant = nnx.Param(jnp.zeros(config.vocab_size), axes=("vocab",))
+        self.logits_bias = constant if config.logits_constant else None
 
     def __call__(
         self,
@@ -379,9 +380,9 @@ class EncoderDecoderModel(nnx.Module):
             hidden = hidden * jnp.asarray(self.config.logits_scale, hidden.dtype)
         table = self.embedding if self.decoder_embedding is None else self.decoder_embedding
         logits = (table.attend(hidden) if self.head is None else self.head(hidden)).astype(jnp.float32)
-        if self.constant is None:
+        if self.logits_bias is None:
             return logits
-        return logits + jax.lax.stop_gradient(self.constant[...].astype(jnp.float32))
+        return logits + jax.lax.stop_gradient(self.logits_bias[...].astype(jnp.float32))
 
     def _embed(
         self,

@@ -103,7 +103,14 @@ _v1_0 = partial(t5, vocab_size=32128)
 PRESETS: dict[str, EncoderDecoder] = {
     # a laptop's model with v1.1's feed-forward and v1.0's tied head; its vocabulary follows the tokenizer
     "t5-nano": t5(
-        embed_dim=192, num_layers=3, num_heads=6, head_dim=32, hidden_dim=512, activation="gelu_tanh", gated=True
+        embed_dim=192,
+        num_layers=3,
+        num_heads=6,
+        head_dim=32,
+        hidden_dim=512,
+        activation="gelu_tanh",
+        gated=True,
+        embedding_std=0.1,  # at T5's own 1.0 a fresh tied head repeats the decoder's last token
     ),
     "t5-small": _v1_0(embed_dim=512, num_layers=6, num_heads=8, hidden_dim=2048),
     "t5-base": _v1_0(embed_dim=768, num_layers=12, num_heads=12, hidden_dim=3072),

@@ -288,8 +288,8 @@ def test_the_vector_added_to_the_logits_is_no_parameter_of_training():
     def loss(params: Any) -> jax.Array:
         return merge(graphdef, params)(source, labels=target).loss
 
-    assert not np.any(jax.jit(jax.grad(loss))(params)["constant"])
-    moved = {**params, "constant": params["constant"] + 1.0}
+    assert not np.any(jax.jit(jax.grad(loss))(params)["logits_bias"])
+    moved = {**params, "logits_bias": params["logits_bias"] + 1.0}
     np.testing.assert_allclose(
         logits(merge(graphdef, moved), source, target), logits(model, source, target) + 1.0, **CLOSE
     )
