@@ -291,9 +291,8 @@ def test_dropout_inside_experts_keeps_the_mean(router: Any) -> None:
     ("name", "mesh"),
     [
         ("dropless", Mesh(data=8)),
-        ("dropless", Mesh(data=1, fsdp=2, sequence=4)),
-        ("dropless", Mesh(data=2, expert=4)),
         ("dropless", Mesh(data=1, fsdp=2, tensor=2, expert=2)),
+        ("dropless", Mesh(data=1, sequence=4, expert=2)),
         ("capacity", Mesh(data=2, fsdp=4)),
         ("capacity", Mesh(data=1, fsdp=2, tensor=2, expert=2)),
         ("expert choice", Mesh(data=2, fsdp=2, expert=2)),
@@ -360,7 +359,7 @@ def test_time_and_flops_grow_with_the_experts_per_token_and_not_with_the_experts
             start = time.perf_counter()
             jax.block_until_ready(run())
             best[key] = min(best[key], time.perf_counter() - start)
-        if best[32, 2] <= 1.25 * best[4, 2]:
+        if best[32, 2] <= 1.3 * best[4, 2]:
             break
     assert best[32, 2] <= 1.3 * best[4, 2], best
 
