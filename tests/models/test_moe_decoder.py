@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from flax import nnx
 
 from llmlab.models.config import Transformer
@@ -21,6 +20,7 @@ from llmlab.optim import SGD
 from llmlab.plan.cost import count
 from llmlab.training.state import new_state
 from llmlab.training.step import make_train_step
+from tests.drawing import drawn
 
 VOCAB, EXPERTS, K = 29, 4, 2
 SMALL: dict[str, Any] = {"embed_dim": 16, "num_heads": 2, "hidden_dim": 20, "vocab_size": VOCAB}
@@ -67,7 +67,7 @@ def solve(config: Transformer, params: Any) -> tuple[Any, Any]:
 
 def test_execution_changes_neither_the_loss_nor_its_gradient() -> None:
     config = dataclasses.replace(model(), num_layers=2)
-    params = split(config.build(nnx.Rngs(params=0)))[1]
+    params = split(drawn(lambda: config.build(nnx.Rngs(params=0))))[1]
     want = solve(dataclasses.replace(config, execution=Execution(mode="unroll")), params)
     got = solve(dataclasses.replace(config, execution=Execution(mode="scan", remat="full")), params)
     for mine, exact in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
@@ -76,7 +76,7 @@ def test_execution_changes_neither_the_loss_nor_its_gradient() -> None:
 
 def test_the_loss_has_the_routers_terms() -> None:
     config = model()
-    built = config.build(nnx.Rngs(params=0))
+    built = drawn(lambda: config.build(nnx.Rngs(params=0)))
     ids = tokens()
     out = called(built, input_ids=ids, labels=ids)
     terms = built.auxiliary_losses(out.auxiliary)
@@ -90,7 +90,7 @@ def test_the_loss_has_the_routers_terms() -> None:
 def test_padding_leaves_loss_and_statistics_as_they_are() -> None:
     """Capacities and statistics included: a padded batch is the batch without padding."""
     config = model(router=TopK(capacity=Capacity(factor=0.9)))
-    built = config.build(nnx.Rngs(params=0))
+    built = drawn(lambda: config.build(nnx.Rngs(params=0)))
     ids = tokens(length=8)
     padded, mask = np.pad(ids, ((0, 0), (0, 5))), np.pad(np.ones_like(ids), ((0, 0), (0, 5)))
     want = called(built, input_ids=ids, labels=ids)
@@ -104,7 +104,7 @@ def test_padding_leaves_loss_and_statistics_as_they_are() -> None:
 def test_accumulated_parts_give_the_gradient_of_the_whole_batch() -> None:
     """Rows count different numbers of tokens. Load balance is no mean over tokens, so that each part has its own."""
     config = model(router=TopK(balance=None), z_loss=0.0)
-    built = config.build(nnx.Rngs(params=0))
+    built = drawn(lambda: config.build(nnx.Rngs(params=0)))
     graphdef, params = split(built)
     ids = tokens()
     labels = np.where(np.arange(11) < np.array([[11], [3], [8], [1]]), ids, -100)

@@ -21,6 +21,7 @@ from llmlab.nn.moe.dispatch import Dropless
 from llmlab.plan.cost import count
 from llmlab.sharding import Mesh, activate
 from llmlab.sharding.rules import active_sharding, shardings
+from tests.drawing import drawn
 
 DIM, WIDTH, EXPERTS, BATCH, LENGTH = 12, 10, 5, 3, 14
 # Where tokens are real: all, padding right, padding left.
@@ -53,11 +54,8 @@ mixtures = pytest.mark.parametrize("name", MIXTURES)
 
 def built(config: MixtureOfExperts, dtype: Any = jnp.float32) -> tuple[Any, Any]:
     """Graph definition and parameters, every one drawn: biases of zero would hide mistakes."""
-    graphdef, params = split(config.build(DIM, rngs=nnx.Rngs(params=0)))
-    leaves, treedef = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    drawn = [0.5 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
-    return graphdef, jax.tree.map(lambda leaf: leaf.astype(dtype), jax.tree.unflatten(treedef, drawn))
+    graphdef, params = split(drawn(lambda: config.build(DIM, rngs=nnx.Rngs(params=0)), std=0.5))
+    return graphdef, jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
 
 def inputs(seed: int = 2, shape: tuple[int, ...] = (BATCH, LENGTH, DIM)) -> jax.Array:
@@ -329,7 +327,7 @@ def test_a_mesh_computes_what_one_device_computes(name: str, mesh: Mesh) -> None
 
 
 def gradient(config: MixtureOfExperts, dim: int) -> tuple[Any, Any]:
-    graphdef, params = split(config.build(dim, rngs=nnx.Rngs(params=0)))
+    graphdef, params = split(drawn(lambda: config.build(dim, rngs=nnx.Rngs(params=0)), std=0.05))
 
     def loss(params: Any, x: jax.Array) -> jax.Array:
         y, report = merge(graphdef, params)(x)
