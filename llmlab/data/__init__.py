@@ -19,6 +19,7 @@ from llmlab.data.tfds import TFDS
 if TYPE_CHECKING:
     from llmlab.data.blanks import Blanks as Blanks
     from llmlab.data.denoising import Denoising as Denoising
+    from llmlab.data.docstrings import Docstrings as Docstrings
     from llmlab.data.factorization import FactorizationOrder as FactorizationOrder
     from llmlab.data.images import Digits as Digits
     from llmlab.data.images import Images as Images
@@ -46,6 +47,7 @@ _EXPORTS = {
     "Digits": "llmlab.data.images",
     "Blanks": "llmlab.data.blanks",
     "Denoising": "llmlab.data.denoising",
+    "Docstrings": "llmlab.data.docstrings",
     "FactorizationOrder": "llmlab.data.factorization",
     "NextSentence": "llmlab.data.sentence_pairs",
     "RandomPrefix": "llmlab.data.prefixes",
@@ -63,6 +65,7 @@ __all__ = [
     "Data",
     "Denoising",
     "Digits",
+    "Docstrings",
     "Document",
     "FactorizationOrder",
     "Images",

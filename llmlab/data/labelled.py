@@ -104,22 +104,47 @@ class LabelledTexts(Records):
         report: Report,
     ) -> Tables:
         assert sequence_length is not None
-        named = ([e.label for e in sides[0]], [e.label for e in sides[1]])
-        names, labels = numbered(named, self.labels, str(self.paths))
-        tables, sizes = [], []
-        for side, numbers in zip(sides, labels, strict=True):
-            columns = [
-                encode(tokenizer, [e.texts[i] for e in side], report) for i in range(1 if self.pair is None else 2)
-            ]
-            seconds = columns[1] if len(columns) > 1 else [None] * len(side)
-            rows = [framed(tokenizer, *pair, sequence_length) for pair in zip(columns[0], seconds, strict=True)]
-            others = {"labels": np.append(numbers, IGNORE).astype(np.int32)}
-            if self.pair is not None and self.token_types:
-                others["token_type_ids"] = token_types(rows, sequence_length)
-            tables.append(Texts(Ragged.of([row for row, _ in rows]), sequence_length, pad_of(tokenizer), others))
-            frame = sum(map(len, tokenizer.frame)) + (len(columns) > 1)
-            sizes += [sum(map(len, parts)) + frame for parts in zip(*columns, strict=True)]
-        return labelled_tables(tables, len(names), cut_remark(sizes, sequence_length, "rows"))
+        types = self.pair is not None and self.token_types
+        return text_tables(
+            sides, self.labels, tokenizer, sequence_length, report, token_types=types, where=str(self.paths)
+        )
+
+
+def text_tables(
+    sides: tuple[list[LabelledText], list[LabelledText]],
+    names: tuple[str, ...],
+    tokenizer: Tokenizer,
+    sequence_length: int,
+    report: Report,
+    *,
+    token_types: bool = False,
+    where: str,
+) -> Tables:
+    """Both sides as rows of framed tokens with a class each.
+
+    Args:
+        sides: training and validation examples, all with as many texts.
+        names: the classes in the order of their numbers; () for those of the training examples, sorted.
+        tokenizer: turns texts into ids, and has the frame.
+        sequence_length: tokens of a row.
+        report: called with the progress.
+        token_types: give token_type_ids.
+        where: the examples' place, for messages.
+    """
+    named = ([e.label for e in sides[0]], [e.label for e in sides[1]])
+    classes, labels = numbered(named, names, where)
+    tables, sizes = [], []
+    for side, numbers in zip(sides, labels, strict=True):
+        columns = [encode(tokenizer, list(texts), report) for texts in zip(*(e.texts for e in side), strict=True)]
+        seconds = columns[1] if len(columns) > 1 else [None] * len(side)
+        rows = [framed(tokenizer, *pair, sequence_length) for pair in zip(columns[0], seconds, strict=True)]
+        others = {"labels": np.append(numbers, IGNORE).astype(np.int32)}
+        if token_types:
+            others["token_type_ids"] = types_of(rows, sequence_length)
+        tables.append(Texts(Ragged.of([row for row, _ in rows]), sequence_length, pad_of(tokenizer), others))
+        frame = sum(map(len, tokenizer.frame)) + (len(columns) > 1)
+        sizes += [sum(map(len, parts)) + frame for parts in zip(*columns, strict=True)]
+    return labelled_tables(tables, len(classes), cut_remark(sizes, sequence_length, "rows"))
 
 
 @dataclass(frozen=True)
@@ -192,7 +217,7 @@ class LabelledWords(Records):
         return labelled_tables(tables, len(names), cut_remark(sizes, sequence_length, "sentences"))
 
 
-def token_types(rows: list[tuple[list[int], int]], length: int) -> np.ndarray:
+def types_of(rows: list[tuple[list[int], int]], length: int) -> np.ndarray:
     """0 for the first text of each row and for padding, 1 for the second; and the blank row's."""
     types = np.zeros((len(rows) + 1, length), np.int32)
     for number, (row, second) in enumerate(rows):

@@ -75,13 +75,19 @@ class Pairs(Examples):
         return found
 
     def read(self) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-        train = _aligned(self.source, self.target)
+        train = aligned(self.source, self.target)
         if self.validation_source:
-            return train, _aligned(self.validation_source, self.validation_target)
+            return train, aligned(self.validation_source, self.validation_target)
         return self.split(train)
 
     def texts(self, example: tuple[str, str]) -> tuple[str, ...]:
         return (self.prefix + example[0], example[1])
+
+    def framed(self, tokenizer: Tokenizer, ids: Sequence[int], length: int) -> list[int]:
+        """A text's tokens as they stand in a row of at most `length`: bos, if there is one, the text, eos."""
+        assert tokenizer.eos_id is not None
+        before = [tokenizer.bos_id] if self.bos and tokenizer.bos_id is not None else []
+        return [*before, *ids[: max(0, length - len(before) - 1)], tokenizer.eos_id][:length]
 
     def content(self) -> list[Any]:
         paths = (self.source, self.target, self.validation_source, self.validation_target)
@@ -98,21 +104,18 @@ class Pairs(Examples):
     ) -> Tables:
         assert sequence_length is not None
         lengths = (sequence_length, self.target_length or sequence_length)
-        before = [tokenizer.bos_id] if self.bos and tokenizer.bos_id is not None else []
         start = {"pad": tokenizer.pad_id, "bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "cls": tokenizer.cls_id}
-        start_id, pad_id, eos_id = start[self.start], tokenizer.pad_id, tokenizer.eos_id
+        start_id, pad_id = start[self.start], tokenizer.pad_id
         assert start_id is not None
         assert pad_id is not None
-        assert eos_id is not None
         tables: list[Table] = []
         sizes: tuple[list[int], list[int]] = ([], [])
         for side in sides:
             columns = []
             for i, length in enumerate(lengths):
                 ids = encode(tokenizer, [self.texts(example)[i] for example in side], report)
-                sizes[i].extend(len(row) + len(before) + 1 for row in ids)
-                room = max(0, length - len(before) - 1)
-                columns.append(Ragged.of([[*before, *row[:room], eos_id][:length] for row in ids]))
+                sizes[i].extend(len(row) + self.bos + 1 for row in ids)
+                columns.append(Ragged.of([self.framed(tokenizer, row, length) for row in ids]))
             tables.append(PairTable(columns[0], columns[1], lengths, pad_id=pad_id, start_id=start_id))
         remarks = cut_remark(sizes[0], lengths[0], "sources") + cut_remark(sizes[1], lengths[1], "targets")
 
@@ -149,8 +152,13 @@ class PairTable(Table):
         }
 
 
-def _aligned(source: Sequence[str], target: Sequence[str]) -> list[tuple[str, str]]:
-    """The pairs both of whose lines have text."""
+def aligned(source: Sequence[str], target: Sequence[str]) -> list[tuple[str, str]]:
+    """The pairs both of whose lines have text.
+
+    Raises:
+        FileNotFoundError: a file is not there.
+        ValueError: a file cannot be read, or one side has more lines than the other.
+    """
     columns = [[text for path in find_files(paths) for _, text in text_lines(path)] for paths in (source, target)]
     if len(columns[0]) != len(columns[1]):
         raise ValueError(

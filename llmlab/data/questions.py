@@ -15,7 +15,7 @@ import numpy as np
 
 from llmlab.data.dataset import TrainSplit, ValidationSplit
 from llmlab.data.examples import Ragged, Tables, Texts, encode, pad_of
-from llmlab.data.labelled import Records, token_types
+from llmlab.data.labelled import Records, types_of
 from llmlab.data.packing import IGNORE
 from llmlab.data.records import Record, field_of
 from llmlab.data.sources import Report
@@ -101,7 +101,7 @@ class Questions(Records):
                     positions[:, number] = offset + first, offset + last
             others = {"start_positions": positions[0], "end_positions": positions[1]}
             if self.token_types:
-                others["token_type_ids"] = token_types(rows, sequence_length)
+                others["token_type_ids"] = types_of(rows, sequence_length)
             tables.append(Texts(Ragged.of([row for row, _ in rows]), sequence_length, pad_of(tokenizer), others))
         total = sum(map(len, sides))
         remarks = (f"{cut} of {total} questions and texts are longer than {sequence_length} tokens and are cut",)

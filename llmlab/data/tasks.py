@@ -12,7 +12,7 @@ WAYS: dict[str, str] = {
     "sequence to sequence": "Pairs(...), or Packed(..., corruption=SpanCorruption()) or Denoising()",
     "blanks": "Packed(..., corruption=Blanks())",
     "sentences": "Sentences(...)",
-    "classes of texts": "LabelledTexts(...)",
+    "classes of texts": "LabelledTexts(...) or Docstrings()",
     "classes of tokens": "LabelledWords(...)",
     "answers in texts": "Questions(...)",
     "classes of images": "Digits() or Images(...)",

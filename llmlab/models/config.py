@@ -8,7 +8,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 from flax import nnx
@@ -112,6 +112,10 @@ class ModelConfig(abc.ABC):
             length: tokens of a row, where the model has tokens.
         """
         return {"input_ids": (batch_size, length)}
+
+    def check_batch(self, batch: Mapping[str, Any]) -> None:
+        """Raises a ValueError for a batch (host arrays) that means something else to the data than to the model."""
+        return
 
     @property
     def replaceable(self) -> tuple[str, ...]:

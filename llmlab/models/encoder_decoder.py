@@ -20,12 +20,13 @@ and values of the target so far, and those of the memory.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
@@ -119,6 +120,20 @@ class EncoderDecoder(ModelConfig):
 
     def build(self, rngs: nnx.Rngs) -> "EncoderDecoderModel":
         return EncoderDecoderModel(self, rngs=rngs)
+
+    def check_batch(self, batch: Mapping[str, Any]) -> None:
+        """Decoding begins with `decoder_start_id`: training must as well."""
+        rows = batch.get("decoder_input_ids")
+        if self.decoder_start_id is None or rows is None:
+            return
+        counted = (np.asarray(batch["labels"]) >= 0).any(axis=1) if "labels" in batch else np.ones(len(rows), bool)
+        starts = np.unique(np.asarray(rows)[counted, 0]).tolist()
+        if starts and starts != [self.decoder_start_id]:
+            raise ValueError(
+                f"model.decoder_start_id={self.decoder_start_id}, but the data's targets begin with token "
+                f"{' and '.join(map(str, starts))}: decoding would begin as training never does; use "
+                f"decoder_start_id={starts[0] if len(starts) == 1 else None}"
+            )
 
     def flops(self, shapes: Shapes, *, training: bool = True) -> int:
         """As of any model; keys and values of the memory count for each source token, once per decoder layer."""

@@ -61,6 +61,7 @@ class Session:
         counted = in_background(lambda: dataset.baselines(self.experiment.train.accumulation))
         model = self.experiment.model.with_vocabulary(tokenizer.vocab_size)
         _check_labels(model.num_labels, dataset.num_labels)
+        model.check_batch(dataset.validation.batch(0))
         program = Program.build(
             model,
             self.experiment.objective,

@@ -327,3 +327,13 @@ def test_a_source_longer_than_the_position_table_is_an_error():
     assert TINY["t5"].max_length is None
     with pytest.raises(ValueError, match="24"):
         randomised(TINY["bart"])(tokens(1, 25), decoder_input_ids=tokens(1, 3))
+
+
+def test_a_batch_that_begins_its_targets_otherwise_than_decoding_would_is_refused():
+    starts = np.array([[2, 7], [2, 8], [9, 9]])
+    batch = {"decoder_input_ids": starts, "labels": np.array([[7, 1], [8, 1], [-100, -100]])}
+    tiny = t5.t5(vocab_size=16, embed_dim=8, num_layers=1, num_heads=1, hidden_dim=8, decoder_start_id=2)
+    tiny.check_batch(batch)  # the last row has no targets: what stands there begins nothing
+    dataclasses.replace(tiny, decoder_start_id=None).check_batch(batch)
+    with pytest.raises(ValueError, match=r"decoder_start_id=0, but .* token 2: .*; use decoder_start_id=2"):
+        dataclasses.replace(tiny, decoder_start_id=0).check_batch(batch)
