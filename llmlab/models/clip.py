@@ -106,6 +106,10 @@ class CLIP(ModelConfig):
     def max_length(self) -> int | None:
         return self.text.max_length
 
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        return ("ImageTextContrastive",)
+
     def with_vocabulary(self, size: int) -> "CLIP":
         """With the text tower's vocabulary settled."""
         return dataclasses.replace(self, text=self.text.with_vocabulary(size))

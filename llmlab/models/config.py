@@ -171,6 +171,8 @@ class Transformer(ModelConfig):
     """Blocks repeated through depth."""
     position: AddedPosition | None = None
     """Positions added to the embeddings (Learned, Sinusoidal); None when attention has its own (Rotary, ALiBi)."""
+    block_position: AddedPosition | None = None
+    """Second positions added to the embeddings, of a token in the blank that it fills (GLM); None for none."""
     embedding_norm: Norm | None = None
     """Norm right after the embedding (BLOOM)."""
     embedding_scale: float = 1.0
@@ -195,11 +197,20 @@ class Transformer(ModelConfig):
 
     @property
     def max_length(self) -> int | None:
-        return None if self.position is None else self.position.max_length
+        positions = (self.position, self.block_position)
+        return min((p.max_length for p in positions if p is not None and p.max_length is not None), default=None)
 
     @property
     def objectives(self) -> tuple[str, ...]:
         return ("NextToken", "PrefixLM", "BlankInfilling")
+
+    def check_batch(self, batch: Mapping[str, Any]) -> None:
+        """Positions in blanks need a table."""
+        if "block_position_ids" in batch and self.block_position is None:
+            raise ValueError(
+                "the data gives block_position_ids, and the model has no block_position: give it one, such as "
+                "block_position=Learned(max_length), or leave them out with Blanks(two_dimensional=False)"
+            )
 
     def layers(self) -> tuple[Block, ...]:
         """The block of every layer, first to last."""

@@ -36,16 +36,25 @@ class InputEmbedding(nnx.Module):
         self.dropout = config.embedding_dropout
         self.tokens = Embedding(config.vocab_size, config.embed_dim, rngs=rngs, std=config.embedding_std)
         self.position = config.position.build(config.embed_dim, rngs=rngs) if config.position else None
+        block = config.block_position
+        self.block_position = block.build(config.embed_dim, rngs=rngs) if block else None
         self.norm = config.embedding_norm.build(config.embed_dim, rngs=rngs) if config.embedding_norm else None
 
     def __call__(
-        self, input_ids: Int[Array, "B S"], position_ids: Int[Array, "B S"], key: jax.Array | None = None
+        self,
+        input_ids: Int[Array, "B S"],
+        position_ids: Int[Array, "B S"],
+        block_position_ids: Int[Array, "B S"] | None = None,
+        key: jax.Array | None = None,
     ) -> Float[Array, "B S D"]:
         x_BSD = self.tokens(input_ids)
         if self.scale != 1.0:
             x_BSD = x_BSD * jnp.asarray(self.scale, x_BSD.dtype)
         if self.position is not None:
             x_BSD = self.position(x_BSD, position_ids)
+        if self.block_position is not None:
+            in_text = jnp.zeros_like(position_ids) if block_position_ids is None else block_position_ids
+            x_BSD = self.block_position(x_BSD, in_text)
         if self.norm is not None:
             x_BSD = self.norm(x_BSD)
         return dropout(x_BSD, self.dropout, key)
@@ -73,6 +82,7 @@ class DecoderModel(nnx.Module):
         labels: Int[Array, "B S"] | None = None,
         key: jax.Array | None = None,
         cache: Sequence[Cache] | None = None,
+        block_position_ids: Int[Array, "B S"] | None = None,
     ) -> CausalOutput:
         """Logits of every position.
 
@@ -85,8 +95,12 @@ class DecoderModel(nnx.Module):
             labels: the target of each position (already shifted), -100 where it is not counted; gives `loss`.
             key: makes dropout active.
             cache: one per layer; the call's positions are stored in it and all stored positions attended to.
+            block_position_ids: place of each token in the blank that it fills, 0 by default and for the text around
+                blanks; for models that have such positions.
         """
-        hidden = self.hidden_states(input_ids, attention_mask, position_ids, segment_ids, prefix_length, key, cache)
+        hidden = self.hidden_states(
+            input_ids, attention_mask, position_ids, segment_ids, prefix_length, key, cache, block_position_ids
+        )
         logits_BSV = self.project(hidden.states)
         loss = None
         if labels is not None:
@@ -108,6 +122,7 @@ class DecoderModel(nnx.Module):
         prefix_length: Int[Array, "B"] | None = None,
         key: jax.Array | None = None,
         cache: Sequence[Cache] | None = None,
+        block_position_ids: Int[Array, "B S"] | None = None,
     ) -> Hidden:
         """Input of the head, and what else the stack gives; arguments as for a call."""
         if position_ids is None:
@@ -118,7 +133,7 @@ class DecoderModel(nnx.Module):
         if segment_ids is not None:
             mask = mask & Segments(segment_ids, segment_ids)
         embedding_key = None if key is None else jax.random.fold_in(key, _EMBEDDING_KEY)
-        x_BSD = self.embedding(input_ids, position_ids, embedding_key)
+        x_BSD = self.embedding(input_ids, position_ids, block_position_ids, embedding_key)
         x_BSD = shard(x_BSD, "batch", "sequence", "embed")
         context = Context(
             mask=mask, position_ids=position_ids, valid=valid_tokens(input_ids, attention_mask, segment_ids)

@@ -121,6 +121,10 @@ class EncoderDecoder(ModelConfig):
     def build(self, rngs: nnx.Rngs) -> "EncoderDecoderModel":
         return EncoderDecoderModel(self, rngs=rngs)
 
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        return ("SequenceToSequence",)
+
     def check_batch(self, batch: Mapping[str, Any]) -> None:
         """Decoding begins with `decoder_start_id`: training must as well."""
         rows = batch.get("decoder_input_ids")

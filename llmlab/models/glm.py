@@ -10,18 +10,21 @@ Llama's block with three differences: rotary positions on half of each head, in 
 key and value alone, which help beyond the training length; very few key/value heads (2 for 32).
 
 The first GLM filled blanks: spans are cut out of a text and predicted after it, each from left to right and seeing the
-whole corrupted text, with two positions a token (where the span was, and where the token is in it). See
-llmlab.data's blank infilling for that objective; these decoders dropped it for plain next tokens.
+whole corrupted text, with two positions a token (where the span was, and where the token is in it). `infilling` builds
+that model, the objective is BlankInfilling on the corruption Blanks(); its successors kept half of their rotary
+dimensions for the first position alone and then dropped blanks for plain next tokens.
 
 Cost per token and layer: 2 D^2 (2 + 2 K/N) + 6 D F FLOPs forward in parameter matmuls and 4 S D in attention.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 from llmlab.models.config import Head, Tied, Transformer, Untied, named
 from llmlab.models.family import Family, HuggingFace
+from llmlab.models.gpt2 import gpt2
 from llmlab.models.hf_config import ACTIVATIONS, Attributes, activation_to_hf, block_of, check_same
 from llmlab.models.hf_rotary import rotary_from_hf, rotary_to_hf
 from llmlab.models.transforms import Fused, Linear
@@ -30,7 +33,7 @@ from llmlab.nn.attention import Attention
 from llmlab.nn.config import Block, Wiring
 from llmlab.nn.feed_forward import Activation, GatedMLP
 from llmlab.nn.norms import RMSNorm
-from llmlab.nn.positions import Rotary
+from llmlab.nn.positions import Learned, Rotary
 from llmlab.nn.wiring import PreNorm
 
 
@@ -77,6 +80,18 @@ def glm(
         head=head or Untied(),
         context_length=context_length,
     )
+
+
+def infilling(*, max_length: int, embedding_std: float = 0.02, **sizes: Any) -> Transformer:
+    """The first GLM (2103.10360, section 2.2): GPT-2's blocks, and a learned position for each of a token's two places.
+
+    Args:
+        max_length: rows of both tables: the longest text with its blanks, and so the longest blank.
+        embedding_std: spread of the initial tables.
+        sizes: as for `gpt2`.
+    """
+    plain = gpt2(max_length=max_length, embedding_std=embedding_std, **sizes)
+    return dataclasses.replace(plain, block_position=Learned(max_length, std=embedding_std))
 
 
 PRESETS: dict[str, Transformer] = {

@@ -71,6 +71,10 @@ class PaliGemma(ModelConfig):
     def max_length(self) -> int | None:
         return self.text.max_length
 
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        return ("NextToken",)
+
     def with_vocabulary(self, size: int) -> "PaliGemma":
         """With the decoder's vocabulary settled."""
         return dataclasses.replace(self, text=self.text.with_vocabulary(size))
@@ -184,7 +188,7 @@ class PaliGemmaModel(nnx.Module):
             position_ids = jnp.broadcast_to(1 + jnp.arange(input_ids.shape[1]), input_ids.shape)
         key_embedding, key_stack = split_key(key, 2)
         is_image = input_ids == self.config.image_token_id
-        x_BSD = self.text.embedding(jnp.where(is_image, 0, input_ids), position_ids, key_embedding)
+        x_BSD = self.text.embedding(jnp.where(is_image, 0, input_ids), position_ids, key=key_embedding)
         x_BSD = shard(placed(x_BSD, is_image, images_IND), "batch", "sequence", "embed")
         mask: Mask = Causal() if token_type_ids is None else Marked(token_type_ids == 0)
         valid = None

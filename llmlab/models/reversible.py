@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from llmlab.models.config import ModelConfig, Shapes, Untied, check_stack, layers_of, matmul_parameters
 from llmlab.models.decoder import valid_tokens
-from llmlab.models.heads import EncoderHead, Inputs, MaskedLM, Targets
+from llmlab.models.heads import EncoderHead, Inputs, Labelled, MaskedLM, Targets
 from llmlab.models.outputs import EncoderOutput, Hidden, PreTrainingOutput, SequenceOutput, SpanOutput, TokenOutput
 from llmlab.nn.config import Auxiliary, Block, Context, Norm
 from llmlab.nn.dropout import check_rate, dropout, split_key
@@ -72,6 +72,16 @@ class ReversibleTransformer(ModelConfig):
     @property
     def max_length(self) -> int | None:
         return None if self.position is None else self.position.max_length
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        if isinstance(self.head, MaskedLM):
+            return ("NextToken",) if self.causal else self.head.objectives
+        return () if self.head is None else self.head.objectives
+
+    @property
+    def num_labels(self) -> int | None:
+        return self.head.num_labels if isinstance(self.head, Labelled) else None
 
     def layers(self) -> tuple[Block, ...]:
         """The block of every layer, first to last."""

@@ -84,6 +84,10 @@ class VisualDecoder(ModelConfig):
         """The block of every layer, first to last."""
         return layers_of(self.pattern, self.num_layers)
 
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        return ("NextToken",)
+
     def with_vocabulary(self, size: int) -> "VisualDecoder":
         """With the vocabulary settled; the additional tokens are the tokenizer's last."""
         settled = super().with_vocabulary(max(size - self.additional_tokens, 1))

@@ -326,3 +326,36 @@ def test_a_model_without_vocabulary_says_how_to_get_one():
 def test_impossible_configs_say_what_is_wrong(changes, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(TINY["llama"], **changes)
+
+
+def test_a_token_has_its_place_in_the_text_and_its_place_in_the_blank():
+    config = glm.infilling(embed_dim=16, num_layers=1, num_heads=2, max_length=12, vocab_size=29)
+    embedding = randomised(config).embedding
+    rng = np.random.default_rng(0)
+    ids, places, blanks = (rng.integers(0, high, (2, 9)) for high in (29, 12, 12))
+    tables = [np.asarray(t[...]) for t in (embedding.tokens.table, embedding.position.table)]
+    inner = np.asarray(embedding.block_position.table[...])
+    called = (jnp.asarray(ids), jnp.asarray(places), jnp.asarray(blanks))
+    written_out = tables[0][ids] + tables[1][places] + inner[blanks]
+    np.testing.assert_allclose(embedding(*called), written_out, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(embedding(*called[:2]), tables[0][ids] + tables[1][places] + inner[0], rtol=1e-6)
+
+
+def test_blanks_written_in_another_order_have_the_scores_that_they_had_where_they_see_the_same():
+    """Two-dimensional positions and the mask alone order the blanks: the first one sees the text and itself, so its
+    scores do not depend on what follows, and equal those of a row in which it is the only one."""
+    model = randomised(glm.infilling(embed_dim=16, num_layers=2, num_heads=2, max_length=12, vocab_size=29))
+    ids = jnp.array([[5, 6, 7, 8, 1, 9, 2, 1, 4, 4]])  # a text of 4, a blank of 3, a blank of 3
+    places, blanks = jnp.array([[0, 1, 2, 3, 1, 1, 1, 3, 3, 3]]), jnp.array([[0, 0, 0, 0, 1, 2, 3, 1, 2, 3]])
+
+    def scores(order: list[int]) -> np.ndarray:
+        at = np.array(order)
+        called = {"position_ids": places[:, at], "block_position_ids": blanks[:, at], "prefix_length": jnp.array([4])}
+        return np.asarray(outputs(model, ids[:, at], **called).logits)[0]
+
+    text, first, second = [0, 1, 2, 3], [4, 5, 6], [7, 8, 9]
+    both, swapped = scores(text + first + second), scores(text + second + first)
+    np.testing.assert_allclose(both[:4], swapped[:4], **CLOSE)
+    np.testing.assert_allclose(both[4:7], scores(text + first)[4:7], **CLOSE)
+    np.testing.assert_allclose(swapped[4:7], scores(text + second)[4:7], **CLOSE)
+    assert np.abs(both[4:7] - swapped[7:10]).max() > 1e-2  # behind the other blank it sees more
