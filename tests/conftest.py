@@ -13,9 +13,18 @@ REPOSITORY = Path(__file__).parent.parent
 
 # Before jax is imported: it reads these once. Subprocesses of tests inherit them.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if "--xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    os.environ["XLA_FLAGS"] = flags.strip()
+_FLAGS = {
+    "xla_force_host_platform_device_count": "8",
+    # Tests compile hundreds of small programs and run each a few times: without optimisation they compile three times
+    # as fast. What is computed is the same, and equal to its reference within the same tolerances. Tests that measure
+    # time or memory compile with it (tests/optimised.py).
+    "xla_backend_optimization_level": "0",
+    "xla_cpu_use_fusion_emitters": "false",
+}
+_given = os.environ.get("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] = " ".join(
+    [*_given.split(), *(f"--{name}={value}" for name, value in _FLAGS.items() if f"--{name}" not in _given)]
+)
 # Subprocesses of tests run this checkout, installed or not.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
 # Compiled programs are shared by all workers and by later runs of the suite; jax writes entries atomically.

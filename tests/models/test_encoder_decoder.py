@@ -18,6 +18,7 @@ from llmlab.models.outputs import EncoderDecoderOutput
 from llmlab.nn.module import Params, merge, num_parameters, split
 from llmlab.nn.stack import Execution
 from llmlab.plan.cost import count
+from tests.drawing import drawn
 
 # Two orders of the same float32 operations; values are of size 1, a few dozen operations deep.
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 2e-5}
@@ -32,12 +33,8 @@ families = pytest.mark.parametrize("family", ["t5", "bart"])  # in both norms' p
 
 
 def randomised(config: EncoderDecoder, seed: int = 0) -> EncoderDecoderModel:
-    """Every parameter drawn, so that biases of zero and gains of one hide nothing."""
-    graphdef, params = split(config.build(nnx.Rngs(params=seed)))
-    leaves, treedef = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    drawn = [leaf + 0.2 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
-    return merge(graphdef, jax.tree.unflatten(treedef, drawn))
+    """Every parameter drawn."""
+    return drawn(lambda: config.build(nnx.Rngs(params=0)), seed)
 
 
 def tokens(batch: int, length: int, seed: int = 3) -> jax.Array:

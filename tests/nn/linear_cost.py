@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from llmlab.plan.cost import count
+from tests.optimised import compiled
 
 
 def assert_linear(short: Sequence[Any], long: Sequence[Any]) -> None:
@@ -18,7 +19,7 @@ def assert_linear(short: Sequence[Any], long: Sequence[Any]) -> None:
     """
     flops = [count(*call).flops for call in (short, long)]
     assert flops[1] < 2.2 * flops[0]
-    programs = [jax.jit(function).lower(*arguments).compile() for function, *arguments in (short, long)]
+    programs = [compiled(function, *arguments) for function, *arguments in (short, long)]
     analyses: list[Any] = [program.memory_analysis() for program in programs]
     memory = [analysis.temp_size_in_bytes for analysis in analyses]
     assert memory[1] < 2.2 * memory[0]

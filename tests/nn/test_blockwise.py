@@ -8,6 +8,7 @@ from llmlab.nn.kernels import Scoring
 from llmlab.nn.kernels.blockwise import Blocks, blockwise, pairs
 from llmlab.nn.kernels.reference import reference
 from llmlab.nn.masks import Causal, Full, Mask, SlidingWindow
+from tests.optimised import compiled
 
 
 def temporary_bytes(length: int, kernel: str) -> int:
@@ -19,7 +20,7 @@ def temporary_bytes(length: int, kernel: str) -> int:
         o = blockwise(q, k, v, scoring, block=128) if kernel == "blockwise" else reference(q, k, v, scoring)
         return jnp.sum(o**2)
 
-    memory = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, q, q).compile().memory_analysis()
+    memory = compiled(jax.grad(loss, argnums=(0, 1, 2)), q, q, q).memory_analysis()
     assert memory is not None
     return memory.temp_size_in_bytes
 

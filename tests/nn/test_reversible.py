@@ -17,6 +17,7 @@ from llmlab.nn.masks import Causal
 from llmlab.nn.norms import LayerNorm
 from llmlab.nn.reversible import Reversible, ReversibleStack
 from llmlab.nn.stack import Execution, Stack
+from tests.optimised import compiled
 
 DIM, LENGTH, ROWS = 8, 24, 2
 
@@ -117,7 +118,7 @@ def test_memory_does_not_grow_with_the_depth():
             return jnp.sum((built(x, context(512))[0] if reversible else plainly(built, x, 512)) ** 2)
 
         x = jax.ShapeDtypeStruct((ROWS, 512, DIM), jnp.float32)
-        program: Any = jax.jit(jax.grad(total)).lower(state, x).compile()
+        program: Any = compiled(jax.grad(total), state, x)
         return program.memory_analysis().temp_size_in_bytes
 
     assert memory(12, "scan") == memory(4, "scan")
@@ -136,7 +137,7 @@ def test_a_feed_forward_in_chunks_is_the_same_for_less_memory():
             return jnp.sum(nnx.merge(graphdef, state)(x, context(x.shape[1]))[0] ** 2)
 
         x = jnp.float32(np.random.default_rng(0).normal(size=(ROWS, 500, DIM)))
-        program: Any = jax.jit(jax.grad(total, argnums=(0, 1))).lower(state, x).compile()
+        program: Any = compiled(jax.grad(total, argnums=(0, 1)), state, x)
         return program(state, x), program.memory_analysis().temp_size_in_bytes
 
     (whole, large), (parts, small) = gradient(None), gradient(64)  # 500 is no multiple of 64

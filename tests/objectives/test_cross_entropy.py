@@ -10,6 +10,7 @@ import pytest
 from llmlab.models.outputs import Hidden
 from llmlab.objectives import NextToken
 from llmlab.objectives.cross_entropy import chunked_cross_entropy, cross_entropy
+from tests.optimised import compiled
 
 B, S, D, V = 3, 10, 6, 17
 
@@ -210,8 +211,7 @@ def test_full_logits_are_never_held() -> None:
         def total(hidden: jax.Array, head: jax.Array) -> jax.Array:
             return chunked_cross_entropy(hidden, lambda x: x @ head, labels, chunk=chunk).total
 
-        step = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))
-        analysis = step.lower(*shapes).compile().memory_analysis()
+        analysis = compiled(jax.value_and_grad(total, argnums=(0, 1)), *shapes).memory_analysis()
         assert analysis is not None
         return analysis.temp_size_in_bytes
 

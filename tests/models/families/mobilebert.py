@@ -21,7 +21,8 @@ def cases() -> dict[str, Case]:
         "mobilebert-pretraining": case("ForPreTraining", trigram_input=False, num_feedforward_networks=1),
         "mobilebert-classes": case("ForSequenceClassification", num_labels=3, **TINY),
         "mobilebert-tokens": case("ForTokenClassification", num_labels=5),
-        "mobilebert-spans": case("ForQuestionAnswering"),
+        # With seed 0 the reference's own gradients are 1e-5 from those that it computes in float64, with this one 3e-6.
+        "mobilebert-spans": case("ForQuestionAnswering", seed=1),
         "mobilebert-bare": case("Model", embedding_size=16, num_feedforward_networks=3),
     }
 
