@@ -90,9 +90,14 @@ def read_curves(directory: Path) -> "RunCurves":
     from llmlab.display.figure import RunCurves
     from llmlab.training.metrics import read_metrics
 
-    summary = directory / "summary.json"
-    baselines = json.loads(summary.read_bytes()).get("baselines", {}) if summary.exists() else {}
-    return RunCurves(name=directory.resolve().name, records=read_metrics(directory), baselines=baselines)
+    path = directory / "summary.json"
+    summary = json.loads(path.read_bytes()) if path.exists() else {}
+    return RunCurves(
+        name=directory.resolve().name,
+        records=read_metrics(directory),
+        baselines=summary.get("baselines", {}),
+        unit=summary.get("unit"),
+    )
 
 
 def _named(runs: "list[RunCurves]", directories: Sequence[Path]) -> "list[RunCurves]":

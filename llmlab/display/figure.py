@@ -29,7 +29,6 @@ _X_LABELS: dict[XAxis, str] = {
     "seconds": "time spent training (s), without compilation and evaluation",
 }
 _Y_LABELS = {
-    "loss": "loss (nats per token)",
     "learning_rate": "learning rate",
     "gradient_norm": "gradient norm before clipping",
     "tokens_per_second": "tokens per second",
@@ -49,7 +48,9 @@ class RunCurves:
     records: Sequence[Mapping[str, Any]]
     """As `read_metrics` gives them."""
     baselines: Mapping[str, float] = field(default_factory=dict)
-    """Loss of simple models by name, in nats per token."""
+    """Loss of simple models by name, in nats per unit."""
+    unit: str | None = None
+    """What losses are per, "token"; None where that is not known."""
 
     def measured(self) -> list[str]:
         """Everything that was measured."""
@@ -177,13 +178,20 @@ def _draw_panel(
                 labels.append(_Label(_label(run, key, keys, len(runs), float(last[-1])), color, float(last[-1])))
     if _unit(keys[0]) == "loss":
         labels += _draw_baselines(axes, runs)
-    axes.set_ylabel(_Y_LABELS.get(_unit(keys[0]), keys[0]))
+    axes.set_ylabel(_y_label(runs, keys[0]))
     axes.set_xlim(0, 1.015 * right or 1.0)  # room for half a marker
     if log_y:
         _log_scale(axes)
     elif _unit(keys[0]) == "loss":
         _limit(axes, drawn, labels)
     return labels
+
+
+def _y_label(runs: Sequence[RunCurves], key: str) -> str:
+    if _unit(key) != "loss":
+        return _Y_LABELS.get(_unit(key), key)
+    units = {run.unit for run in runs if run.unit}
+    return f"loss (nats per {' or '.join(sorted(units))})" if units else "loss (nats)"
 
 
 def _plot(

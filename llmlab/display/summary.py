@@ -63,14 +63,15 @@ class Closing:
             padding=(1, 2) if width >= 60 else (0, 1),
             width=width,
         )
-        return Group(panel, *self._next())
+        return Group(panel, *self._next(writes="sample" in summary))
 
-    def _next(self) -> list[RenderableType]:
-        """The run and commands to copy: outside the frame, and never broken by us."""
+    def _next(self, *, writes: bool) -> list[RenderableType]:
+        """The run and commands to copy, `generate` where the model writes: outside the frame, never broken by us."""
         if self.run is None:
             return []
         run = shlex.quote(str(self.run))
-        commands = [("write", f'llmlab generate {run} --prompt "..."'), ("draw", f"llmlab plot {run}")]
+        commands = [("write", f'llmlab generate {run} --prompt "..."')] if writes else []
+        commands.append(("draw", f"llmlab plot {run}"))
         if self.experiment is not None:
             if self.peak_lr is not None:
                 commands.append(("change", self._train("--optimizer.peak-lr", f"{self.peak_lr / 2:g}")))

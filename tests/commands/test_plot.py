@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 import struct
@@ -53,6 +54,13 @@ def test_every_flag_draws_several_runs(tmp_path: Path, flags: list[str]) -> None
     assert size_of_png(tmp_path / "both.png")[1] > 1000  # two panels
 
 
+def test_the_axis_says_what_losses_are_per(tmp_path: Path) -> None:
+    runs = [read_curves(make_run(tmp_path / name)) for name in ("a", "b")]
+    units = [dataclasses.replace(run, unit=unit) for run, unit in zip(runs, ("token", "masked token"), strict=True)]
+    for shown, label in ((runs, "loss (nats)"), (units, "loss (nats per masked token or token)")):
+        assert draw_curves(shown, ["train/loss"]).axes[0].get_ylabel() == label
+
+
 def test_curves_are_the_recorded_numbers_and_baselines_are_dashed(tmp_path: Path) -> None:
     curves = read_curves(make_run(tmp_path / "claim-1", baselines=BASELINES))
     (axes,) = draw_curves([curves], ["train/loss", "validation/loss"]).axes
@@ -62,7 +70,7 @@ def test_curves_are_the_recorded_numbers_and_baselines_are_dashed(tmp_path: Path
         expected = [(record["step"], record[key]) for record in curves.records if key in record]
         assert np.asarray(line.get_xydata()).tolist() == [list(point) for point in expected]
     assert sorted(np.asarray(line.get_ydata())[0] for line in dashed) == sorted(BASELINES.values())
-    assert axes.get_ylabel() == "loss (nats per token)"
+    assert axes.get_ylabel() == "loss (nats)"
     assert axes.get_xlabel() == "optimizer step"
     last = curves.records[-1]["validation/loss"]
     assert {text.get_text() for text in axes.texts} >= {"unigram 5.21", "bigram 2.55", f"validation {last:.2f}"}

@@ -251,6 +251,14 @@ def test_the_summary_shows_baselines_as_longer_bars_than_the_model(width: int) -
         assert any(line.endswith(command) for line in lines), f"{command} is not on a line of its own, to be copied"
 
 
+def test_only_a_model_that_writes_is_asked_to_write() -> None:
+    terminal = Terminal(tty=False)
+    for summary in ({}, {"sample": {"prompt": "", "text": "x = 1"}}):
+        terminal.console.print(CLOSING.render(summary, terminal.console.options), crop=False)
+        assert ("llmlab generate" in terminal.written) == ("sample" in summary)
+        assert "llmlab plot" in terminal.written
+
+
 FLAGS = ("--train.steps", "5", "--train.seed", "1", "--train.steps=6")
 
 
