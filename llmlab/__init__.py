@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from llmlab.experiment import Experiment as Experiment
     from llmlab.infer.generate import generate as generate
     from llmlab.models.huggingface import save_hf as save_hf
+    from llmlab.models.huggingface import with_head as with_head
     from llmlab.runs import Run as Run
     from llmlab.runs import load as load
+    from llmlab.runs import load_config as load_config
     from llmlab.runs import train as train
     from llmlab.tokenizers import load_tokenizer as load_tokenizer
 
@@ -28,12 +30,25 @@ _EXPORTS = {
     "Run": "llmlab.runs",
     "generate": "llmlab.infer.generate",
     "load": "llmlab.runs",
+    "load_config": "llmlab.runs",
     "load_tokenizer": "llmlab.tokenizers",
     "save_hf": "llmlab.models.huggingface",
     "train": "llmlab.runs",
+    "with_head": "llmlab.models.huggingface",
 }
 
-__all__ = ["Experiment", "Run", "__version__", "generate", "load", "load_tokenizer", "save_hf", "train"]
+__all__ = [
+    "Experiment",
+    "Run",
+    "__version__",
+    "generate",
+    "load",
+    "load_config",
+    "load_tokenizer",
+    "save_hf",
+    "train",
+    "with_head",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,10 +7,12 @@ the whole list. Saving writes float32, so that reading it back gives the same bi
 
 import math
 import os
+import re
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -101,6 +103,37 @@ def save_hf(
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return root
+
+
+HeadKind = Literal["MaskedLM", "PreTraining", "SequenceClassification", "TokenClassification", "QuestionAnswering"]
+
+
+def with_head(model: ModelConfig, kind: HeadKind, *, labels: int | Sequence[str] | None = None) -> ModelConfig:
+    """The model with the head that its family has for a task, as `transformers` builds it: to fine-tune and export.
+
+    A family's classifier is more than a matrix: BERT's reads the pooler, RoBERTa's has a layer of its own, DistilBERT's
+    another. What stands below the head stays the same.
+
+    Args:
+        model: of a family that Hugging Face has, with any head or none.
+        kind: the end of the name of the class in `transformers`: "SequenceClassification" in
+            RobertaForSequenceClassification.
+        labels: how many labels there are, or what they are called; None for heads that have none, and for two.
+
+    Raises:
+        ValueError: the family has no such head, or no family expresses the model.
+    """
+    family, config = _express(model, None)
+    if "architectures" not in config:
+        raise ValueError(f"{family.model_type} has no heads to choose from")
+    stem = re.sub("(For[A-Z].*|LMHeadModel|ModelWithLMHead|Model)$", "", config["architectures"][0])
+    changed = {"architectures": [f"{stem}For{kind}"]}
+    if labels is not None:
+        names = [f"LABEL_{i}" for i in range(labels)] if isinstance(labels, int) else list(labels)
+        changed["id2label"] = {str(i): name for i, name in enumerate(names)}
+        changed["label2id"] = {name: i for i, name in enumerate(names)}
+    kept = {name: value for name, value in config.items() if name not in ("id2label", "label2id", "problem_type")}
+    return family.from_hf(kept | changed)
 
 
 def _read_config(root: Path) -> tuple[HuggingFace, dict[str, Any]]:

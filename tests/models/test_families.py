@@ -9,7 +9,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from llmlab.models.catalog import FAMILIES
-from llmlab.models.huggingface import load_hf, save_hf
+from llmlab.models.heads import MaskedLM
+from llmlab.models.huggingface import load_hf, load_hf_config, save_hf, with_head
 from llmlab.nn.module import merge, split
 from llmlab.nn.stack import Execution
 from tests.models.comparison import assert_equals_reference, assert_same_weights
@@ -58,6 +59,40 @@ def test_export_then_import_is_exact_and_writes_the_tensors_that_transformers_wr
         assert ours.keys() == theirs.keys()
         for name, tensor in theirs.items():
             np.testing.assert_array_equal(ours[name], tensor)
+
+
+HEADS = ("SequenceClassification", "TokenClassification", "QuestionAnswering")
+
+
+def architecture(case: str) -> str:
+    return json.loads((FIXTURES / case / "config.json").read_text()).get("architectures", [""])[0]
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if architecture(case).endswith(HEADS)])
+def test_a_familys_head_is_the_one_that_transformers_builds(case):
+    config = load_hf_config(FIXTURES / case)
+    kind = next(kind for kind in HEADS if architecture(case).endswith(kind))
+    labels = None if kind == "QuestionAnswering" else config.head.names or config.head.num_labels
+    if kind == "SequenceClassification":  # what labels are is the data's affair
+        config = dataclasses.replace(config, head=dataclasses.replace(config.head, problem_type=None))
+    assert with_head(config, kind, labels=labels) == config
+    if kind != "QuestionAnswering":
+        other = with_head(config, kind, labels=["yes", "no", "maybe"])
+        assert other.head == dataclasses.replace(config.head, num_labels=3, names=("yes", "no", "maybe"))
+        assert with_head(other, kind, labels=labels) == config
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "mobilebert", "longformer"])
+def test_a_head_can_be_exchanged_and_back(family):
+    config = load_hf_config(FIXTURES / f"{family}-classes")
+    masked = with_head(config, "MaskedLM")
+    assert isinstance(masked.head, MaskedLM)
+    assert with_head(masked, "SequenceClassification", labels=config.head.names or config.head.num_labels) == config
+
+
+def test_a_head_that_a_family_does_not_have_is_refused_with_those_it_has():
+    with pytest.raises(ValueError, match=r"GPT2ForQuestionAnswering"):
+        with_head(load_hf_config(FIXTURES / "gpt2"), "QuestionAnswering")
 
 
 @pytest.mark.parametrize(("family", "name"), list(PRESETS), ids=lambda part: str(part))
