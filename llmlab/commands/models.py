@@ -5,7 +5,7 @@ import difflib
 import inspect
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
     from llmlab.models.catalog import FAMILIES
 
     families = FAMILIES if arguments.name is None else (find(arguments.name, FAMILIES),)
-    records = [record(family) for family in families]
+    records = [record(family) for family in _with_progress(families)]
     if arguments.json:
         print(json.dumps(records, indent=2))
     elif arguments.name is None:
@@ -50,6 +50,15 @@ def main(argv: Sequence[str]) -> int:
     else:
         _print_family(records[0], _docstring(families[0]))
     return 0
+
+
+def _with_progress(families: "Sequence[Family]") -> "Iterable[Family]":
+    """The families, with a bar on a terminal's stderr: a hundred models take some ten seconds to count."""
+    from rich.console import Console
+    from rich.progress import track
+
+    silent = not sys.stderr.isatty() or len(families) == 1
+    return track(families, "counting parameters", console=Console(stderr=True), transient=True, disable=silent)
 
 
 def find(name: str, families: "Sequence[Family]") -> "Family":
