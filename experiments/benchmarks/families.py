@@ -13,6 +13,7 @@ The plain decoder is the GPT-2 shape of the same width, depth, heads and vocabul
 as makes the FLOPs equal. FLOPs are the matmul FLOPs of the whole gradient, counted in the program of each
 (llmlab.plan.cost: loops times their trips, what a causal kernel skips not counted); what rounding the width leaves is
 divided out. Norms, softmax, activations and the optimizer's update are no FLOPs but take their time on both sides.
+Families whose attention is made for long rows get as many tokens in rows of --long-length, and so does their decoder.
 
 Every family and its decoder take turns, step by step, and the ratio is that of the medians. --clock cpu compares
 processor time instead of the clock on the wall: what to use on a machine with other work. --profile NAME writes a trace
@@ -21,6 +22,7 @@ of both for TensorBoard or Perfetto.
 
 import argparse
 import dataclasses
+import inspect
 import json
 import os
 import statistics
@@ -31,6 +33,8 @@ from pathlib import Path
 from typing import Any
 
 LIMIT = 1.15
+LONG = ("longformer", "big_bird", "reformer", "performer", "linformer")
+"""Modules of families that are made for long rows."""
 
 
 def parse() -> argparse.Namespace:
@@ -39,6 +43,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("names", nargs="*", help="modules of families, for a part of the table: bert xlnet")
     parser.add_argument("--batch", type=int, default=8, help="rows of a batch (8)")
     parser.add_argument("--length", type=int, default=128, help="tokens of a row (128)")
+    parser.add_argument("--long-length", type=int, default=1024, help="the same for families made for long rows (1024)")
     parser.add_argument("--vocab", type=int, default=1024, help="tokens of the vocabulary (1024)")
     parser.add_argument("--steps", type=int, default=15, help="steps of each side (15)")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="what is compared (wall)")
@@ -66,7 +71,7 @@ def main() -> None:
 
     rows = []
     for family in FAMILIES:
-        module = next(iter(family.presets)).partition("-")[0]
+        module = module_of(family)
         nano = next((config for name, config in family.presets.items() if name.endswith("nano")), None)
         if nano is None or (args.names and module not in args.names):
             continue
@@ -80,6 +85,14 @@ def main() -> None:
     else:
         worst = max(rows, key=lambda row: row["ratio"])
         print(f"\nlargest: {worst['family']} {worst['ratio']:.2f}; the limit is {LIMIT}")
+
+
+def module_of(family: Any) -> str:
+    """Name of the module that defines a family."""
+    from llmlab.models import catalog
+
+    modules = {name: module for name, module in vars(catalog).items() if inspect.ismodule(module)}
+    return next(name for name, module in modules.items() if vars(module).get("FAMILY") is family)
 
 
 def line(row: Mapping[str, Any]) -> str:
@@ -100,7 +113,9 @@ def sized(config: Any, vocab_size: int) -> Any:
 def compare(config: Any, args: argparse.Namespace, name: str) -> dict[str, Any]:
     """A family's step against its decoder's, in turns."""
     clock = time.perf_counter if args.clock == "wall" else time.process_time
-    shapes = config.batch_shapes(args.batch, min(args.length, config.max_length or args.length))
+    tokens, length = args.batch * args.length, args.long_length if name in LONG else args.length
+    length = min(length, config.max_length or length)
+    shapes = config.batch_shapes(max(1, tokens // length), length)
     family = prepared(config, shapes, clock)
     decoder = prepared(*plain(config, shapes, family.flops, args.vocab), clock)
     seconds: dict[str, list[float]] = {"family": [], "decoder": []}
@@ -115,6 +130,7 @@ def compare(config: Any, args: argparse.Namespace, name: str) -> dict[str, Any]:
     ours, theirs = (statistics.median(seconds[side]) for side in ("family", "decoder"))
     return {
         "parameters": config.num_parameters(),
+        "shapes": {name: list(shape) for name, shape in shapes.items()},
         "gflops": family.flops / 1e9,
         "decoder_gflops": decoder.flops / 1e9,
         "seconds": ours,

@@ -1,0 +1,50 @@
+"""Does a BART of CONFPARAMS million parameters learn to translate from 29,000 pairs of sentences?
+
+Claim    CLAIM
+Command  llmlab train experiments/finetune/translation_bart.py --data.source train.de --data.target train.en
+             --data.validation-source val.de --data.validation-target val.en
+         python experiments/finetune/bleu.py RUN test.de test.en
+Cost     COST
+Result   RESULT
+
+The data are any two text files whose lines belong together (plain, .gz or .zst). Those of the result are Multi30k's
+German and English descriptions of pictures (Elliott et al. 2016, 1605.00459): 29,000 pairs to train on, 1,014 to
+validate, and the 1,000 of the 2016 test set.
+"""
+
+from llmlab.data import Pairs
+from llmlab.experiment import Experiment
+from llmlab.models.bart import bart
+from llmlab.objectives import SequenceToSequence
+from llmlab.optim import Cosine, Muon
+from llmlab.tokenizers import SentencePiece, SpecialTokens
+from llmlab.training.config import Train
+
+
+def config() -> Experiment:
+    """The experiment; every number here can be changed on the command line."""
+    return Experiment(
+        model=bart(
+            embed_dim=192,
+            num_layers=3,
+            num_heads=6,
+            max_length=64,
+            pre_norm=True,
+            dropout=0.1,
+            embedding_std=0.1,
+            decoder_start_id=2,
+            pad_id=3,
+        ),
+        tokenizer=SentencePiece(vocab_size=4096, kind="bpe", special=SpecialTokens(unk="<unk>")),
+        data=Pairs(
+            source="multi30k/train.de.gz",
+            target="multi30k/train.en.gz",
+            validation_source="multi30k/val.de.gz",
+            validation_target="multi30k/val.en.gz",
+            start="eos",
+            bos=True,
+        ),
+        objective=SequenceToSequence(label_smoothing=0.1),
+        optimizer=Muon(peak_lr=1e-2, schedule=Cosine(warmup_steps=100)),
+        train=Train(steps=2000, batch_size=64, sequence_length=40, evaluate_every=500, checkpoint_every=500),
+    )

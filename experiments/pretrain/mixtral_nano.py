@@ -1,0 +1,32 @@
+"""Does a mixture of experts learn more than a dense decoder from the same tokens at the same compute per token?
+
+Claim    A Mixtral of 5.2 million parameters, of which each token uses 1.7 million (2 of 8 experts), ends below the
+         bigram model; decoders/llama.py is the dense Llama of equal compute.
+Command  llmlab train experiments/pretrain/mixtral_nano.py
+Cost     COST
+Result   RESULT
+"""
+
+from llmlab.data import Packed, StandardLibrary
+from llmlab.experiment import Experiment
+from llmlab.models.config import Tied
+from llmlab.models.mixtral import mixtral
+from llmlab.objectives import NextToken
+from llmlab.optim import Cosine, Muon
+from llmlab.tokenizers import SentencePiece
+from llmlab.training.config import Train
+
+# A line break and the indentation after it are one token: Python has a lot of both.
+INDENTATION = ("\n", "\n\n", *("\n" + " " * spaces for spaces in (4, 8, 12, 16, 20)))
+
+
+def config() -> Experiment:
+    """The experiment; every number here can be changed on the command line."""
+    return Experiment(
+        model=mixtral(embed_dim=192, num_layers=4, num_heads=6, num_kv_heads=2, hidden_dim=256, head=Tied()),
+        tokenizer=SentencePiece(vocab_size=512, kind="bpe", symbols=INDENTATION),
+        data=Packed(StandardLibrary()),
+        objective=NextToken(),
+        optimizer=Muon(peak_lr=1e-2, schedule=Cosine(warmup_steps=40)),
+        train=Train(steps=1200, batch_size=8, sequence_length=128, evaluate_every=400, checkpoint_every=400),
+    )
