@@ -147,7 +147,9 @@ def plain(config: Any, shapes: Mapping[str, tuple[int, ...]], flops: int, vocab_
     total = config.num_tokens(shapes)
     length = shapes["input_ids"][1] if "input_ids" in shapes else total // shapes["pixel_values"][0]
     rows = max(1, round(total / length))  # twice the batch for an encoder and a decoder
-    dim, layers = (vars(config).get(name, default) for name, default in (("embed_dim", 192), ("num_layers", 4)))
+    towers = [part for part in (vars(config).get("text"), vars(config).get("vision")) if part is not None]
+    body = config if "embed_dim" in vars(config) else towers[0]
+    dim, layers = body.embed_dim, vars(body).get("num_layers", 4)
     heads = next((n for n in (6, 4, 3, 2) if dim % n == 0), 1)
     batch = {"input_ids": (rows, length)}
 

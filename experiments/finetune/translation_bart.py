@@ -25,17 +25,16 @@ def config() -> Experiment:
     """The experiment; every number here can be changed on the command line."""
     return Experiment(
         model=bart(
-            embed_dim=192,
-            num_layers=3,
-            num_heads=6,
+            embed_dim=128,
+            num_layers=2,
+            num_heads=4,
             max_length=64,
             pre_norm=True,
-            dropout=0.1,
             embedding_std=0.1,
             decoder_start_id=2,
             pad_id=3,
         ),
-        tokenizer=SentencePiece(vocab_size=4096, kind="bpe", special=SpecialTokens(unk="<unk>")),
+        tokenizer=SentencePiece(vocab_size=2048, kind="bpe", special=SpecialTokens(unk="<unk>")),
         data=Pairs(
             source="multi30k/train.de.gz",
             target="multi30k/train.en.gz",
@@ -46,5 +45,5 @@ def config() -> Experiment:
         ),
         objective=SequenceToSequence(label_smoothing=0.1),
         optimizer=Muon(peak_lr=1e-2, schedule=Cosine(warmup_steps=100)),
-        train=Train(steps=2000, batch_size=64, sequence_length=40, evaluate_every=500, checkpoint_every=500),
+        train=Train(steps=2200, batch_size=64, sequence_length=32, evaluate_every=550, checkpoint_every=550),
     )
