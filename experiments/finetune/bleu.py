@@ -13,6 +13,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 
 def parse() -> argparse.Namespace:
@@ -44,7 +45,8 @@ def main() -> None:
     data, length = experiment.data, experiment.train.sequence_length
     if not isinstance(data, Pairs) or length is None:
         sys.exit(f"{args.run} was trained on {type(data).__name__}; what translates was trained on Pairs")
-    model, tokenizer = llmlab.load(args.run), llmlab.load_tokenizer(args.run)
+    model: Any = llmlab.load(args.run)
+    tokenizer = llmlab.load_tokenizer(args.run)
     pairs = aligned((args.source,), (args.target,))[: args.limit]
     started = time.perf_counter()
     sources = [data.framed(tokenizer, tokenizer.encode(data.texts(pair)[0]), length) for pair in pairs]

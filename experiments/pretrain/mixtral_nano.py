@@ -3,7 +3,7 @@
 Claim    A Mixtral of 5.2 million parameters, of which each token uses 1.7 million (2 of 8 experts), ends below the
          bigram model, and below the dense Llama of equal compute and tokens: decoders/llama.py.
 Command  llmlab train experiments/pretrain/mixtral_nano.py
-Cost     7 minutes on 2 CPU cores, more than half of it in Muon: orthogonalising 96 expert matrices takes twice the
+Cost     7 minutes on 2 CPU cores, about half of it in Muon: orthogonalising 96 expert matrices takes twice the
          FLOPs of a step this small
 Result   validation 2.386 nats a token against 2.435 of the dense Llama, 3.505 (bigram) and 5.062 (unigram) (2026-11-25,
          2 cores shared with other work and stopped at times, Python 3.11.7, jax 0.10.2)

@@ -127,7 +127,7 @@ def with_head(model: ModelConfig, kind: HeadKind, *, labels: int | Sequence[str]
     if "architectures" not in config:
         raise ValueError(f"{family.model_type} has no heads to choose from")
     stem = re.sub("(For[A-Z].*|LMHeadModel|ModelWithLMHead|Model)$", "", config["architectures"][0])
-    changed = {"architectures": [f"{stem}For{kind}"]}
+    changed: dict[str, Any] = {"architectures": [f"{stem}For{kind}"]}
     if labels is not None:
         names = [f"LABEL_{i}" for i in range(labels)] if isinstance(labels, int) else list(labels)
         changed["id2label"] = {str(i): name for i, name in enumerate(names)}

@@ -330,7 +330,7 @@ def test_impossible_configs_say_what_is_wrong(changes, message):
 
 def test_a_token_has_its_place_in_the_text_and_its_place_in_the_blank():
     config = glm.infilling(embed_dim=16, num_layers=1, num_heads=2, max_length=12, vocab_size=29)
-    embedding = randomised(config).embedding
+    embedding: Any = randomised(config).embedding
     rng = np.random.default_rng(0)
     ids, places, blanks = (rng.integers(0, high, (2, 9)) for high in (29, 12, 12))
     tables = [np.asarray(t[...]) for t in (embedding.tokens.table, embedding.position.table)]

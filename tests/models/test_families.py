@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 from llmlab.models.catalog import FAMILIES
 from llmlab.models.heads import MaskedLM
-from llmlab.models.huggingface import load_hf, load_hf_config, save_hf, with_head
+from llmlab.models.huggingface import HeadKind, load_hf, load_hf_config, save_hf, with_head
 from llmlab.nn.module import merge, split
 from llmlab.nn.stack import Execution
 from tests.models.comparison import assert_equals_reference, assert_same_weights
@@ -61,7 +61,7 @@ def test_export_then_import_is_exact_and_writes_the_tensors_that_transformers_wr
             np.testing.assert_array_equal(ours[name], tensor)
 
 
-HEADS = ("SequenceClassification", "TokenClassification", "QuestionAnswering")
+HEADS: tuple[HeadKind, ...] = ("SequenceClassification", "TokenClassification", "QuestionAnswering")
 
 
 def architecture(case: str) -> str:
@@ -70,22 +70,22 @@ def architecture(case: str) -> str:
 
 @pytest.mark.parametrize("case", [case for case in CASES if architecture(case).endswith(HEADS)])
 def test_a_familys_head_is_the_one_that_transformers_builds(case):
-    config = load_hf_config(FIXTURES / case)
+    config: Any = load_hf_config(FIXTURES / case)
     kind = next(kind for kind in HEADS if architecture(case).endswith(kind))
     labels = None if kind == "QuestionAnswering" else config.head.names or config.head.num_labels
     if kind == "SequenceClassification":  # what labels are is the data's affair
         config = dataclasses.replace(config, head=dataclasses.replace(config.head, problem_type=None))
     assert with_head(config, kind, labels=labels) == config
     if kind != "QuestionAnswering":
-        other = with_head(config, kind, labels=["yes", "no", "maybe"])
+        other: Any = with_head(config, kind, labels=["yes", "no", "maybe"])
         assert other.head == dataclasses.replace(config.head, num_labels=3, names=("yes", "no", "maybe"))
         assert with_head(other, kind, labels=labels) == config
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "mobilebert", "longformer"])
 def test_a_head_can_be_exchanged_and_back(family):
-    config = load_hf_config(FIXTURES / f"{family}-classes")
-    masked = with_head(config, "MaskedLM")
+    config: Any = load_hf_config(FIXTURES / f"{family}-classes")
+    masked: Any = with_head(config, "MaskedLM")
     assert isinstance(masked.head, MaskedLM)
     assert with_head(masked, "SequenceClassification", labels=config.head.names or config.head.num_labels) == config
 
