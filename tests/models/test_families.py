@@ -71,7 +71,7 @@ def architecture(case: str) -> str:
 @pytest.mark.parametrize("case", [case for case in CASES if architecture(case).endswith(HEADS)])
 def test_a_familys_head_is_the_one_that_transformers_builds(case):
     config: Any = load_hf_config(FIXTURES / case)
-    kind = next(kind for kind in HEADS if architecture(case).endswith(kind))
+    kind: HeadKind = next(kind for kind in HEADS if architecture(case).endswith(kind))
     labels = None if kind == "QuestionAnswering" else config.head.names or config.head.num_labels
     if kind == "SequenceClassification":  # what labels are is the data's affair
         config = dataclasses.replace(config, head=dataclasses.replace(config.head, problem_type=None))
