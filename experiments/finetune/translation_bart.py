@@ -1,11 +1,14 @@
-"""Does a BART of CONFPARAMS million parameters learn to translate from 29,000 pairs of sentences?
+"""Does a BART of 1.2 million parameters learn to translate from 29,000 pairs of sentences?
 
-Claim    CLAIM
+Claim    Trained on these pairs alone for five epochs, it scores far below the bigram model of English, and most of what
+         it writes is the sentence.
 Command  llmlab train experiments/finetune/translation_bart.py --data.source train.de --data.target train.en
              --data.validation-source val.de --data.validation-target val.en
          python experiments/finetune/bleu.py RUN test.de test.en
-Cost     COST
-Result   RESULT
+Cost     12 minutes of processor time, 7 to 8 minutes on 2 idle CPU cores; the BLEU 8 seconds
+Result   BLEU 37.3 on the 1,000 sentences of the test set (sacrebleu 2.6.0,
+         nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp); validation 1.401 nats a target token against 3.236 (bigram) and
+         5.554 (unigram) (2026-11-25, 2 cores shared with other work, Python 3.11.7, jax 0.10.2)
 
 The data are any two text files whose lines belong together (plain, .gz or .zst). Those of the result are Multi30k's
 German and English descriptions of pictures (Elliott et al. 2016, 1605.00459): 29,000 pairs to train on, 1,014 to

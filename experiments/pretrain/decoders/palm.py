@@ -1,9 +1,11 @@
 """PaLM among five decoders of equal size: attention and SwiGLU side by side, one key/value head, rotary positions.
 
-Claim    CLAIM
+Claim    A PaLM of 1.66 million parameters ends as far below the bigram as the Llama of this folder, within 0.02 nats:
+         one norm a block and one key/value head cost nothing here.
 Command  llmlab train experiments/pretrain/decoders/palm.py
-Cost     COST
-Result   RESULT
+Cost     3 to 4 minutes on 2 CPU cores
+Result   validation 2.450 nats a token against 3.505 (bigram) and 5.062 (unigram) (2026-11-25, 2 cores shared with other
+         work, Python 3.11.7, jax 0.10.2)
 """
 
 from recipe import pretraining
