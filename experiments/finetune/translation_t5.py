@@ -14,6 +14,7 @@ validate, and the 1,000 of the 2016 test set.
 
 from llmlab.data import Pairs
 from llmlab.experiment import Experiment
+from llmlab.models.config import Untied
 from llmlab.models.t5 import t5
 from llmlab.objectives import SequenceToSequence
 from llmlab.optim import Cosine, Muon
@@ -32,6 +33,7 @@ def config() -> Experiment:
             hidden_dim=320,
             activation="gelu_tanh",
             gated=True,
+            head=Untied(),
             embedding_std=0.1,
             decoder_start_id=2,
             pad_id=2,
@@ -44,6 +46,6 @@ def config() -> Experiment:
             validation_target="multi30k/val.en.gz",
         ),
         objective=SequenceToSequence(label_smoothing=0.1),
-        optimizer=Muon(peak_lr=1e-2, schedule=Cosine(warmup_steps=100)),
+        optimizer=Muon(peak_lr=5e-3, schedule=Cosine(warmup_steps=100)),
         train=Train(steps=2200, batch_size=64, sequence_length=32, evaluate_every=550, checkpoint_every=550),
     )
