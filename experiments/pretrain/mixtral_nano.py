@@ -5,7 +5,7 @@ Claim    A Mixtral of 5.2 million parameters, of which each token uses 1.7 milli
 Command  llmlab train experiments/pretrain/mixtral_nano.py
 Cost     7 minutes on 2 CPU cores, about half of it in Muon: orthogonalising 96 expert matrices takes twice the
          FLOPs of a step this small
-Result   validation 2.386 nats a token against 2.435 of the dense Llama, 3.505 (bigram) and 5.062 (unigram) (2026-11-25,
+Result   validation 2.386 nats a token against 2.438 of the dense Llama, 3.505 (bigram) and 5.062 (unigram) (2026-11-25,
          2 cores shared with other work and stopped at times, Python 3.11.7, jax 0.10.2)
 """
 
