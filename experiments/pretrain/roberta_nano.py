@@ -3,8 +3,10 @@
 Claim    A RoBERTa of 0.5 million parameters, pretrained on the standard library's source code, tells hidden tokens far
          better than their frequencies do.
 Command  llmlab train experiments/pretrain/roberta_nano.py
-Cost     COST
-Result   RESULT
+Cost     3 to 4 minutes on 2 CPU cores
+Result   validation 2.771 nats a hidden token against 5.047 (unigram), 38.0% of them told rightly; 4.54 at a third of
+         the steps, before attention finds the neighbours (2026-11-25, 2 cores shared with other work, Python 3.11.7,
+         jax 0.10.2)
 """
 
 from llmlab.data import Packed, StandardLibrary, TokenMasking

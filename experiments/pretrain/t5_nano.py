@@ -10,6 +10,7 @@ Result   validation 2.977 nats a target token against 3.430 (bigram of the targe
 
 from llmlab.data import Packed, SpanCorruption, StandardLibrary, sentinels
 from llmlab.experiment import Experiment
+from llmlab.models.config import Untied
 from llmlab.models.t5 import t5
 from llmlab.objectives import SequenceToSequence
 from llmlab.optim import Cosine, Muon
@@ -32,6 +33,7 @@ def config() -> Experiment:
             hidden_dim=320,
             activation="gelu_tanh",
             gated=True,
+            head=Untied(),
             embedding_std=0.1,
             decoder_start_id=2,
             pad_id=2,
@@ -39,6 +41,6 @@ def config() -> Experiment:
         tokenizer=SentencePiece(vocab_size=512, kind="bpe", symbols=INDENTATION, special=SPECIAL),
         data=Packed(StandardLibrary(), corruption=SpanCorruption()),
         objective=SequenceToSequence(),
-        optimizer=Muon(peak_lr=1e-2, schedule=Cosine(warmup_steps=40)),
+        optimizer=Muon(peak_lr=5e-3, schedule=Cosine(warmup_steps=40)),
         train=Train(steps=2000, batch_size=48, sequence_length=48, evaluate_every=500, checkpoint_every=500),
     )
