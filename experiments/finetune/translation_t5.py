@@ -1,11 +1,18 @@
-"""Does a T5 of CONFPARAMS million parameters learn to translate from 29,000 pairs of sentences?
+"""Does a T5 of 1.4 million parameters learn to translate from 29,000 pairs of sentences?
 
-Claim    CLAIM
+Claim    Trained on these pairs alone for five epochs, it scores far below the bigram model of English. The BART beside
+         it does better, with fewer parameters.
 Command  llmlab train experiments/finetune/translation_t5.py --data.source train.de --data.target train.en
              --data.validation-source val.de --data.validation-target val.en
          python experiments/finetune/bleu.py RUN test.de test.en
-Cost     COST
-Result   RESULT
+Cost     11 minutes of processor time, 18 minutes beside other work on 2 CPU cores; the BLEU 8 seconds
+Result   BLEU 32.5 on the 1,000 sentences of the test set (sacrebleu 2.6.0,
+         nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp); validation 1.740 nats a target token against 3.405 (bigram) and
+         5.639 (unigram) (2026-11-25, 2 cores shared with other work, Python 3.11.7, jax 0.10.2)
+
+The head is untied and the learning rate half of the BART's. T5 does not divide its products by sqrt(head_dim), and with
+a tied head it divides its states by sqrt(embed_dim): steps of one size then turn its attention too fast and its scores
+too slowly. Tied and at 1e-2 it was at 3.34 after a quarter of the steps, where it is at 2.71 now.
 
 The data are any two text files whose lines belong together (plain, .gz or .zst). Those of the result are Multi30k's
 German and English descriptions of pictures (Elliott et al. 2016, 1605.00459): 29,000 pairs to train on, 1,014 to

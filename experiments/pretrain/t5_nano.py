@@ -3,9 +3,9 @@
 Claim    A T5 of 1.0 million parameters, pretrained by span corruption on the standard library's source code, predicts
          the missing tokens far better than their frequencies, and than a bigram model of the targets.
 Command  llmlab train experiments/pretrain/t5_nano.py
-Cost     7 to 8 minutes on 2 CPU cores that do other work too, about 4 on idle ones
-Result   validation 2.977 nats a target token against 3.430 (bigram of the targets) and 4.430 (unigram), in 7 min 44 s
-         (2026-11-25, 2 cores shared with other work, Python 3.11.7, jax 0.10.2)
+Cost     7 minutes of processor time, 10 minutes beside other work on 2 CPU cores
+Result   validation 2.817 nats a target token against 3.430 (bigram of the targets) and 4.430 (unigram) (2026-11-25, 2
+         cores shared with other work, Python 3.11.7, jax 0.10.2)
 """
 
 from llmlab.data import Packed, SpanCorruption, StandardLibrary, sentinels
