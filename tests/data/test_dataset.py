@@ -223,6 +223,7 @@ def test_a_mixture_of_tables_and_their_concatenation_keep_shapes_and_end_with_bl
     assert sorted(stacked(split, range(split.num_batches))["labels"].tolist()) == [-1, 0, 1, 2, 10, 11, 12, 13]
 
 
+@settings(max_examples=25)  # 600 draws each
 @given(documents=corpora.filter(lambda documents: len(documents) > 1), seed=st.integers(0, 99))
 def test_another_documents_row_is_never_the_same_documents_and_any_of_them(
     documents: list[list[int]], seed: int, corpus_of: CorpusOf

@@ -67,7 +67,12 @@ TINY: dict[str, Any] = {"embed_dim": 16, "num_layers": 1, "num_heads": 2}
 DECODER = llama.llama(**TINY, hidden_dim=24, head=Tied())
 ENCODER = bert.bert(**TINY, hidden_dim=24, max_length=LENGTH)
 T5 = t5.t5(**TINY, head_dim=8, hidden_dim=24, embedding_std=0.1, decoder_start_id=IDS.pad_id)
-PIXELS: dict[str, Any] = {"image_size": 8, "patch_size": 4, "num_channels": 1}
+VISION = vit.vit(**TINY, image_size=8, patch_size=4, channels=1, num_labels=10)
+CLIP = clip.CLIP(
+    text=clip.clip_text(**TINY, max_length=LENGTH),
+    vision=clip.clip_vision(**TINY, image_size=8, patch_size=4, channels=1),
+    projection_dim=8,
+)
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +130,7 @@ CASES: dict[str, tuple[Objective, ModelConfig, Any]] = {
     "blanks in one": (BlankInfilling(), glm.glm(**TINY, hidden_dim=24), text(Blanks(two_dimensional=False))),
     "image and text": (
         ImageTextContrastive(),
-        clip.preset("nano"),
+        CLIP,
         lambda files: Digits(captions=True),
     ),
     "sentences": (
@@ -138,7 +143,7 @@ CASES: dict[str, tuple[Objective, ModelConfig, Any]] = {
         dataclasses.replace(ENCODER, head=SequenceClassification(num_labels=3)),
         labelled(LabelledTexts, "classes"),
     ),
-    "classes of images": (Classification(), vit.preset("nano"), lambda files: Digits()),
+    "classes of images": (Classification(), VISION, lambda files: Digits()),
     "classes of tokens": (
         TokenClasses(),
         dataclasses.replace(ENCODER, pooler=None, head=TokenClassification(num_labels=2)),
