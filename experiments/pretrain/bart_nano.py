@@ -9,7 +9,7 @@ Result   validation 2.024 nats a target token against 3.513 (bigram) and 5.061 (
          cores shared with other work, Python 3.11.7, jax 0.10.2)
 """
 
-from llmlab.data import Denoising, Packed, StandardLibrary
+from llmlab.data import INDENTATION, Denoising, Packed, StandardLibrary
 from llmlab.experiment import Experiment
 from llmlab.models.bart import bart
 from llmlab.objectives import SequenceToSequence
@@ -17,8 +17,6 @@ from llmlab.optim import Cosine, Muon
 from llmlab.tokenizers import SentencePiece, SpecialTokens
 from llmlab.training.config import Train
 
-# A line break and the indentation after it are one token: Python has a lot of both.
-INDENTATION = ("\n", "\n\n", *("\n" + " " * spaces for spaces in (4, 8, 12, 16, 20)))
 SPECIAL = SpecialTokens(unk="<unk>", mask="<mask>")
 
 

@@ -9,7 +9,7 @@ Result   validation 2.926 nats against 5.762 (unigram, and a coin for the pair):
          0.10.2)
 """
 
-from llmlab.data import NextSentence, Packed, StandardLibrary
+from llmlab.data import INDENTATION, NextSentence, Packed, StandardLibrary
 from llmlab.experiment import Experiment
 from llmlab.models.bert import bert
 from llmlab.objectives import MaskedTokenAndNextSentence
@@ -17,8 +17,6 @@ from llmlab.optim import Cosine, Muon
 from llmlab.tokenizers import SentencePiece, SpecialTokens
 from llmlab.training.config import Train
 
-# A line break and the indentation after it are one token: Python has a lot of both.
-INDENTATION = ("\n", "\n\n", *("\n" + " " * spaces for spaces in (4, 8, 12, 16, 20)))
 SPECIAL = SpecialTokens(bos=None, eos=None, pad="[PAD]", unk="[UNK]", cls="[CLS]", sep="[SEP]", mask="[MASK]")
 
 

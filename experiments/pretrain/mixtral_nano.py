@@ -9,7 +9,7 @@ Result   validation 2.386 nats a token against 2.438 of the dense Llama, 3.505 (
          2 cores shared with other work and stopped at times, Python 3.11.7, jax 0.10.2)
 """
 
-from llmlab.data import Packed, StandardLibrary
+from llmlab.data import INDENTATION, Packed, StandardLibrary
 from llmlab.experiment import Experiment
 from llmlab.models.config import Tied
 from llmlab.models.mixtral import mixtral
@@ -17,9 +17,6 @@ from llmlab.objectives import NextToken
 from llmlab.optim import Cosine, Muon
 from llmlab.tokenizers import SentencePiece
 from llmlab.training.config import Train
-
-# A line break and the indentation after it are one token: Python has a lot of both.
-INDENTATION = ("\n", "\n\n", *("\n" + " " * spaces for spaces in (4, 8, 12, 16, 20)))
 
 
 def config() -> Experiment:

@@ -9,16 +9,13 @@ Result   validation 2.771 nats a hidden token against 5.047 (unigram), 38.0% of 
          jax 0.10.2)
 """
 
-from llmlab.data import Packed, StandardLibrary, TokenMasking
+from llmlab.data import INDENTATION, Packed, StandardLibrary, TokenMasking
 from llmlab.experiment import Experiment
 from llmlab.models.roberta import roberta
 from llmlab.objectives import MaskedToken
 from llmlab.optim import Cosine, Muon
 from llmlab.tokenizers import SentencePiece, SpecialTokens
 from llmlab.training.config import Train
-
-# A line break and the indentation after it are one token: Python has a lot of both.
-INDENTATION = ("\n", "\n\n", *("\n" + " " * spaces for spaces in (4, 8, 12, 16, 20)))
 
 
 def config() -> Experiment:

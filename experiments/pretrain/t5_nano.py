@@ -8,7 +8,7 @@ Result   validation 2.817 nats a target token against 3.430 (bigram of the targe
          cores shared with other work, Python 3.11.7, jax 0.10.2)
 """
 
-from llmlab.data import Packed, SpanCorruption, StandardLibrary, sentinels
+from llmlab.data import INDENTATION, Packed, SpanCorruption, StandardLibrary, sentinels
 from llmlab.experiment import Experiment
 from llmlab.models.config import Untied
 from llmlab.models.t5 import t5
@@ -17,8 +17,6 @@ from llmlab.optim import Cosine, Muon
 from llmlab.tokenizers import SentencePiece, SpecialTokens
 from llmlab.training.config import Train
 
-# A line break and the indentation after it are one token: Python has a lot of both.
-INDENTATION = ("\n", "\n\n", *("\n" + " " * spaces for spaces in (4, 8, 12, 16, 20)))
 SPECIAL = SpecialTokens(bos=None, unk="<unk>", extra=sentinels(16))
 
 

@@ -8,16 +8,13 @@ Result   validation 3.590 nats a predicted token against 5.027 (unigram), 23.0% 
          (2026-11-24, 2 cores shared with other work, stopped and resumed twice, Python 3.11.7, jax 0.10.2)
 """
 
-from llmlab.data import FactorizationOrder, Packed, StandardLibrary
+from llmlab.data import INDENTATION, FactorizationOrder, Packed, StandardLibrary
 from llmlab.experiment import Experiment
 from llmlab.models.xlnet import xlnet
 from llmlab.objectives import Permutation
 from llmlab.optim import Cosine, Muon
 from llmlab.tokenizers import SentencePiece
 from llmlab.training.config import Train
-
-# A line break and the indentation after it are one token: Python has a lot of both.
-INDENTATION = ("\n", "\n\n", *("\n" + " " * spaces for spaces in (4, 8, 12, 16, 20)))
 
 
 def config() -> Experiment:

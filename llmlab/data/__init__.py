@@ -13,7 +13,7 @@ from llmlab.data.config import Data, Mixture, Packed, Weighted
 from llmlab.data.corruption import Corruption
 from llmlab.data.json_lines import JSONLines
 from llmlab.data.sources import Document, Skipped, Source, TextFiles
-from llmlab.data.standard_library import StandardLibrary
+from llmlab.data.standard_library import INDENTATION, StandardLibrary
 from llmlab.data.tfds import TFDS
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ _EXPORTS = {
 }
 
 __all__ = [
+    "INDENTATION",
     "TFDS",
     "Blanks",
     "Corruption",

@@ -40,6 +40,10 @@ _EXCLUDED_FILES = frozenset(
 _EXCLUDED_PREFIXES = ("config-", "_sysconfigdata")  # how this interpreter was compiled
 
 
+INDENTATION = ("\n", "\n\n", *("\n" + " " * spaces for spaces in (4, 8, 12, 16, 20)))
+"""A line break with the indentation after it as one piece, for a tokenizer's `symbols`: Python has a lot of both."""
+
+
 @dataclass(frozen=True)
 class StandardLibrary(Source):
     """The Python files of the running interpreter's standard library, without tests and tables: about 9 MB of code."""

@@ -11,8 +11,8 @@ key and value alone, which help beyond the training length; very few key/value h
 
 The first GLM filled blanks: spans are cut out of a text and predicted after it, each from left to right and seeing the
 whole corrupted text, with two positions a token (where the span was, and where the token is in it). `infilling` builds
-that model, the objective is BlankInfilling on the corruption Blanks(); its successors kept half of their rotary
-dimensions for the first position alone and then dropped blanks for plain next tokens.
+that model, the objective is BlankInfilling on the corruption Blanks(). The decoders of this file predict plain next
+tokens, with one position.
 
 Cost per token and layer: 2 D^2 (2 + 2 K/N) + 6 D F FLOPs forward in parameter matmuls and 4 S D in attention.
 """

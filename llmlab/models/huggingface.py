@@ -19,7 +19,9 @@ import jax
 from llmlab.models import catalog
 from llmlab.models.config import ModelConfig
 from llmlab.models.family import HuggingFace
+from llmlab.models.heads import SequenceClassification
 from llmlab.models.hf_config import Inexpressible
+from llmlab.models.hf_heads import labels_to_hf
 from llmlab.models.safetensors_io import INDEX, SINGLE, Checkpoint, read_json, write_checkpoint, write_json
 from llmlab.models.weights import dump, load, tensor_shapes, unflatten
 from llmlab.nn.module import merge, split
@@ -129,9 +131,8 @@ def with_head(model: ModelConfig, kind: HeadKind, *, labels: int | Sequence[str]
     stem = re.sub("(For[A-Z].*|LMHeadModel|ModelWithLMHead|Model)$", "", config["architectures"][0])
     changed: dict[str, Any] = {"architectures": [f"{stem}For{kind}"]}
     if labels is not None:
-        names = [f"LABEL_{i}" for i in range(labels)] if isinstance(labels, int) else list(labels)
-        changed["id2label"] = {str(i): name for i, name in enumerate(names)}
-        changed["label2id"] = {name: i for i, name in enumerate(names)}
+        count, names = (labels, None) if isinstance(labels, int) else (len(labels), tuple(labels))
+        changed |= labels_to_hf(SequenceClassification(num_labels=count, names=names))
     kept = {name: value for name, value in config.items() if name not in ("id2label", "label2id", "problem_type")}
     return family.from_hf(kept | changed)
 

@@ -4,16 +4,13 @@ It is the quickstart's setting: each model sees 1.2 million tokens of the standa
 order. Sizes are chosen so that all have 1.66 to 1.68 million parameters at 512 tokens of vocabulary.
 """
 
-from llmlab.data import Packed, StandardLibrary
+from llmlab.data import INDENTATION, Packed, StandardLibrary
 from llmlab.experiment import Experiment
 from llmlab.models.config import Transformer
 from llmlab.objectives import NextToken
 from llmlab.optim import Cosine, Muon
 from llmlab.tokenizers import SentencePiece
 from llmlab.training.config import Train
-
-# A line break and the indentation after it are one token: Python has a lot of both.
-INDENTATION = ("\n", "\n\n", *("\n" + " " * spaces for spaces in (4, 8, 12, 16, 20)))
 
 
 def pretraining(model: Transformer) -> Experiment:
