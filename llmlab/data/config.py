@@ -106,10 +106,8 @@ class PackedText(Data):
         return NEXT_TOKENS if self.corruption is None else self.corruption.task
 
     def problems(self, special: "SpecialTokens | None", sequence_length: int | None) -> list[str]:
-        if sequence_length is None:
-            return ["rows of text need a length: set train.sequence_length"]
-        if self.corruption is None:
-            return []
+        if sequence_length is None or self.corruption is None:
+            return length_problems(sequence_length)
         found = [] if special is None else self.corruption.problems(special, sequence_length)
         if self.corruption.compares and not self.isolate:
             found.append(f"{type(self.corruption).__name__} puts different documents together: set data.isolate=True")
@@ -167,6 +165,11 @@ class PackedText(Data):
             cache_dir=cache_dir,
             report=report,
         )
+
+
+def length_problems(sequence_length: int | None) -> list[str]:
+    """What is wrong where rows of text have no length; empty where they have one."""
+    return ["rows of text need a length: set train.sequence_length"] if sequence_length is None else []
 
 
 def check_fraction(fraction: float) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from llmlab.data.config import length_problems
 from llmlab.data.examples import Examples, Tables
 from llmlab.data.labelled import LabelledText, text_tables
 from llmlab.data.sources import Document, Report
@@ -53,7 +54,7 @@ class Docstrings(Examples):
         return "classes of texts"
 
     def problems(self, special: SpecialTokens | None, sequence_length: int | None) -> list[str]:
-        return ["rows of text need a length: set train.sequence_length"] if sequence_length is None else []
+        return length_problems(sequence_length)
 
     def read(self) -> tuple[list[LabelledText], list[LabelledText]]:
         """The examples; a text that several packages have belongs to the first of the files, in alphabetical order."""

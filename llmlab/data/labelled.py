@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from llmlab.data import baselines
+from llmlab.data.config import length_problems
 from llmlab.data.dataset import Table, TrainSplit, ValidationSplit
 from llmlab.data.examples import Examples, Ragged, Tables, Texts, cut_remark, encode, framed, numbered, pad_of
 from llmlab.data.packing import IGNORE
@@ -42,7 +43,7 @@ class Records(Examples):
         object.__setattr__(self, "validation", check_paths(self.validation) if self.validation else ())
 
     def problems(self, special: SpecialTokens | None, sequence_length: int | None) -> list[str]:
-        return ["rows of text need a length: set train.sequence_length"] if sequence_length is None else []
+        return length_problems(sequence_length)
 
     @abc.abstractmethod
     def check(self, record: Record, where: str) -> Any:

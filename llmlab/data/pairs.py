@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from llmlab.data import baselines
+from llmlab.data.config import length_problems
 from llmlab.data.dataset import Batch, Numbers, Table, TrainSplit, ValidationSplit
 from llmlab.data.examples import Examples, Ragged, Tables, cut_remark, encode, shown
 from llmlab.data.packing import IGNORE
@@ -64,7 +65,7 @@ class Pairs(Examples):
         return "sequence to sequence"
 
     def problems(self, special: SpecialTokens | None, sequence_length: int | None) -> list[str]:
-        found = ["rows of text need a length: set train.sequence_length"] if sequence_length is None else []
+        found = length_problems(sequence_length)
         wanted = ("eos", "pad", self.start, "bos") if self.bos else ("eos", "pad", self.start)
         roles = [role for role in ROLES if role in wanted]
         if special is not None and (missing := [role for role in roles if getattr(special, role) is None]):

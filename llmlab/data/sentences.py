@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from llmlab.data.config import length_problems
 from llmlab.data.dataset import TrainSplit, ValidationSplit
 from llmlab.data.examples import Examples, Ragged, Tables, Texts, cut_remark, encode, framed, pad_of
 from llmlab.data.sources import Report, Source
@@ -30,7 +31,7 @@ class Sentences(Examples):
         return "sentences"
 
     def problems(self, special: SpecialTokens | None, sequence_length: int | None) -> list[str]:
-        return ["rows of text need a length: set train.sequence_length"] if sequence_length is None else []
+        return length_problems(sequence_length)
 
     def read(self) -> tuple[list[str], list[str]]:
         train = [document.text for document in self.source.documents()]

@@ -52,7 +52,7 @@ def test_closed_gates_are_the_language_model_without_images():
     params = split(model)[1]
     layers = [params["stack"]["blocks"][str(i % 2)] for i in range(4)]
     parts = [
-        {k: jax.tree.map(lambda x: x[i // 2], v) for k, v in layer.items() if k != "gated"}  # noqa: B023
+        {k: jax.tree.map(lambda x: x[i // 2], v) for k, v in layer.items() if k != "gated"}  # noqa: B023  called in this iteration
         for i, layer in enumerate(layers)
     ]
     stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *parts)
