@@ -24,6 +24,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from llmlab.nn.module import Params
 from llmlab.training.directory import write_json
 from llmlab.training.state import TrainState
@@ -159,7 +161,10 @@ class Checkpoints:
         if abstract.ema is not None:
             items["ema"] = ocp.args.StandardRestore(abstract.ema)
         self._manager.reload()
+        stored = self._manager.item_metadata(step)
         try:
+            for name, item in (("params", abstract.params), ("training", training)):
+                _check_shapes(stored[name], item)
             restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         except (ValueError, KeyError) as error:  # its digests are right, so the question was wrong
             raise ValueError(
@@ -297,6 +302,7 @@ def restore_params(checkpoints: Path, abstract: Params, *, step: int | None = No
     if not item.is_dir():
         raise ValueError(f"{item.parent} holds no average of the weights: the run was trained without (optimizer.ema)")
     with contextlib.closing(ocp.StandardCheckpointer()) as checkpointer:
+        _check_shapes(checkpointer.metadata(item).item_metadata, abstract)
         return checkpointer.restore(item, abstract)
 
 
@@ -309,6 +315,19 @@ def save_params(checkpoints: Path, params: Params, *, step: int) -> Path:
         checkpointer.save(path / "params", params)
     write_json(path / DIGESTS, {"files": digests(path)})
     return path
+
+
+def _check_shapes(stored: Any, abstract: Any) -> None:
+    """Raise ValueError where an array on disk has another shape than the one asked for.
+
+    Asked before reading: orbax reads all arrays at once, and one that fails leaves the others' readers behind, which
+    complain whenever they are collected.
+    """
+    shapes = {leaf.name: tuple(leaf.shape) for leaf in jax.tree.leaves(stored.tree)} if stored is not None else {}
+    for path, leaf in jax.tree.leaves_with_path(abstract):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        if shapes.get(name, leaf.shape) != leaf.shape:
+            raise ValueError(f"{name} is {shapes[name]} in the checkpoint and {leaf.shape} in the experiment")
 
 
 def _validation_loss(path: Path) -> float | None:

@@ -244,8 +244,10 @@ def test_a_whole_checkpoint_of_another_model_is_an_error_and_stays_where_it_is(
     checkpoints.save(state, 1, {})
     checkpoints.wait()
     other = jax.tree.map(lambda x: jnp.zeros((*x.shape, 2), x.dtype), state)
-    with pytest.raises(ValueError, match="step 1 does not fit this experiment"):
+    with pytest.raises(ValueError, match=r"step 1 does not fit this experiment.*in the checkpoint and .* 2\) in the"):
         checkpoints.restore(abstract(other, None))
+    with pytest.raises(ValueError, match=r"in the checkpoint and .* 2\) in the experiment"):
+        restore_params(checkpoints.directory, abstract(other, None).params)
     assert checkpoints.steps() == [1]
     assert not told
 
