@@ -9,6 +9,7 @@ def config() -> Experiment:
     )
 """
 
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -57,6 +58,7 @@ class Experiment:
             *self._vocabulary_problems(),
             *self._schedule_problems(),
             *self._batch_problems(num_devices),
+            *self._mesh_problems(num_devices),
         ]
         if self.initialize_from is not None and not Path(self.initialize_from).is_dir():
             problems.append(f"initialize_from={self.initialize_from} is not a directory")
@@ -111,22 +113,41 @@ class Experiment:
         return []
 
     def _batch_problems(self, num_devices: int | None) -> list[str]:
-        batch, parts, sizes = self.train.batch_size, self.train.accumulation, {"data": 1, "fsdp": 1}
+        batch, parts, shared = self.train.batch_size, self.train.accumulation, {}
         if num_devices is not None:
             try:
                 sizes = self.mesh.resolve(num_devices)
             except ValueError as error:
                 return [str(error)]
-        rows = sizes["data"] * sizes["fsdp"]
+            shared = {axis: sizes[axis] for axis in self.mesh.table["batch"] if sizes[axis] > 1}
+        rows = math.prod(shared.values())
         multiple = parts * rows
         if batch % multiple == 0:
             return []
         factors = f"train.accumulation={parts}"
         if rows > 1:
-            factors += f" x {rows} devices that share the batch (mesh data={sizes['data']} x fsdp={sizes['fsdp']})"
+            shape = " x ".join(f"{axis}={size}" for axis, size in shared.items())
+            factors += f" x {rows} devices that share the batch (mesh {shape})"
         below = batch // multiple * multiple
         sizes_that_work = f"{below} or {below + multiple}" if below else f"{multiple} or {2 * multiple}"
         return [f"train.batch_size={batch} is not divisible by {factors}; use {sizes_that_work}"]
+
+    def _mesh_problems(self, num_devices: int | None) -> list[str]:
+        """What a mesh asks of the length of a row."""
+        if num_devices is None:
+            return []
+        try:
+            sizes = self.mesh.resolve(num_devices)
+        except ValueError:
+            return []  # told already
+        length, parts = self.train.sequence_length, math.prod(sizes[axis] for axis in self.mesh.table["sequence"])
+        if length is None or length % parts == 0:
+            return []
+        below = length // parts * parts
+        return [
+            f"train.sequence_length={length} is not divisible by mesh.sequence={parts}; use "
+            f"{f'{below} or ' if below else ''}{below + parts}, or another mesh"
+        ]
 
 
 def _known_size(tokenizer: TokenizerConfig) -> int | None:

@@ -134,12 +134,13 @@ class DecoderModel(nnx.Module):
             mask = mask & Segments(segment_ids, segment_ids)
         embedding_key = None if key is None else jax.random.fold_in(key, _EMBEDDING_KEY)
         x_BSD = self.embedding(input_ids, position_ids, block_position_ids, embedding_key)
-        x_BSD = shard(x_BSD, "batch", "sequence", "embed")
+        x_BSD = shard(x_BSD, "batch", "residual", "embed")
         context = Context(
             mask=mask, position_ids=position_ids, valid=valid_tokens(input_ids, attention_mask, segment_ids)
         )
         x_BSD, caches, auxiliary = self.stack(x_BSD, context, key, cache)
         states_BSD = x_BSD if self.final_norm is None else self.final_norm(x_BSD)
+        states_BSD = shard(states_BSD, "batch", "sequence", "embed")  # the head splits the vocabulary over tensor
         return Hidden(states=states_BSD, cache=caches, auxiliary=auxiliary)
 
     def auxiliary_losses(self, auxiliary: Auxiliary) -> dict[str, Float[Array, ""]]:

@@ -300,7 +300,7 @@ class EncoderModel(nnx.Module):
             global_tokens=None if global_attention_mask is None else global_attention_mask.astype(bool),
             draws=draws,
         )
-        x_BSD, _, auxiliary = self.stack(shard(x_BSD, "batch", "sequence", "embed"), context, key)
+        x_BSD, _, auxiliary = self.stack(shard(x_BSD, "batch", "residual", "embed"), context, key)
         states_BSD = x_BSD if self.final_norm is None else self.final_norm(x_BSD)
         return Hidden(states=states_BSD, auxiliary=auxiliary)
 

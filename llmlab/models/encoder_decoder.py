@@ -213,7 +213,7 @@ class SideStack(nnx.Module):
         if self.relative is not None:
             context = dataclasses.replace(context, bias=self.relative.bias())
         key_stack, key_final = split_key(key, 2)
-        x_BSD, caches, auxiliary = self.stack(shard(x_BSD, "batch", "sequence", "embed"), context, key_stack, cache)
+        x_BSD, caches, auxiliary = self.stack(shard(x_BSD, "batch", "residual", "embed"), context, key_stack, cache)
         x_BSD = x_BSD if self.final_norm is None else self.final_norm(x_BSD)
         return Hidden(states=dropout(x_BSD, self.dropout, key_final), cache=caches, auxiliary=auxiliary)
 

@@ -189,7 +189,7 @@ class PaliGemmaModel(nnx.Module):
         key_embedding, key_stack = split_key(key, 2)
         is_image = input_ids == self.config.image_token_id
         x_BSD = self.text.embedding(jnp.where(is_image, 0, input_ids), position_ids, key=key_embedding)
-        x_BSD = shard(placed(x_BSD, is_image, images_IND), "batch", "sequence", "embed")
+        x_BSD = shard(placed(x_BSD, is_image, images_IND), "batch", "residual", "embed")
         mask: Mask = Causal() if token_type_ids is None else Marked(token_type_ids == 0)
         valid = None
         if attention_mask is not None:

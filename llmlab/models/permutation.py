@@ -250,7 +250,7 @@ class PermutationModel(nnx.Module):
         allowed_BST = _allowed(self.config, input_ids.shape, memory_length, real_BS, perm_mask, segment_ids)
         context = self._context(x_BXD, input_ids, memory_length, allowed_BST, token_type_ids, target_mapping, real_BS)
         memories = None if mems is None else tuple(Memory(states=states) for states in mems)
-        x_BXD = shard(x_BXD, "batch", "sequence", "embed")
+        x_BXD = shard(x_BXD, "batch", "residual", "embed")
         x_BXD, inputs, auxiliary = self.stack(x_BXD, context, key_stack, memories)
         states = x_BXD if target_mapping is None else x_BXD[:, input_ids.shape[1] :]
         states = dropout(states, self.config.dropout, key_output)

@@ -190,7 +190,7 @@ class ReversibleModel(nnx.Module):
             valid=None if valid is None else _extended(valid, missing),
             draws=draws,
         )
-        x_BSD = shard(_extended(x_BSD, missing), "batch", "sequence", "embed")
+        x_BSD = shard(_extended(x_BSD, missing), "batch", "residual", "embed")
         y_BSE, _, auxiliary = self.stack(x_BSD, context, key_stack)
         states_BSE = self.final_norm(y_BSE[:, :length])
         return Hidden(states=dropout(states_BSE, self.config.dropout, key_states), auxiliary=auxiliary)

@@ -285,7 +285,7 @@ class VisionModel(nnx.Module):
         x_BSD = dropout(self.position(x_BSD, place_BS), self.config.embedding_dropout, key_embedding)
         if self.embedding_norm is not None:
             x_BSD = self.embedding_norm(x_BSD)
-        x_BSD = shard(x_BSD, "batch", "sequence", "embed")
+        x_BSD = shard(x_BSD, "batch", "residual", "embed")
         x_BSD, _, auxiliary = self.stack(x_BSD, Context(mask=Full(), position_ids=place_BS), key_stack)
         return Hidden(x_BSD if self.final_norm is None else self.final_norm(x_BSD), None, auxiliary)
 

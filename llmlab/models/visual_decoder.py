@@ -251,6 +251,6 @@ class VisualDecoderModel(nnx.Module):
             looking = Groups(image_attention_mask.astype(bool), images.shape[1])
         memory = images.reshape(len(input_ids), -1, images.shape[-1])
         context = Context(mask=mask, position_ids=position_ids, valid=valid, memory=memory, memory_mask=looking)
-        x_BSD = shard(self.embedding(input_ids), "batch", "sequence", "embed")
+        x_BSD = shard(self.embedding(input_ids), "batch", "residual", "embed")
         x_BSD, _, auxiliary = self.stack(x_BSD, context, key)
         return Hidden(x_BSD if self.final_norm is None else self.final_norm(x_BSD), None, auxiliary)

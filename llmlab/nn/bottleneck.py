@@ -102,7 +102,7 @@ class BottleneckLayer(nnx.Module):
             fed_BSE, _ = ffn(a_BSE, context, key_ffn)
             a_BSE = _normed(norm, a_BSE + fed_BSE)
         y_BSD = _normed(self.leave_norm, x_BSD + dropout(self.leave(a_BSE), self.dropout, key_leave))
-        return shard(y_BSD, "batch", "sequence", "embed"), None, {}
+        return shard(y_BSD, "batch", "residual", "embed"), None, {}
 
 
 class Narrowing(nnx.Module):

@@ -245,5 +245,5 @@ class _Layer:
         return self._kept(nnx.merge(self.graphdef, state).transform(x, self.context, self.key_transform))
 
     def _kept(self, change: jax.Array) -> jax.Array:
-        change = shard(change, "batch", "sequence", "embed")
+        change = shard(change, "batch", "residual", "embed")
         return change if self.dropped is None else jnp.where(self.dropped, 0, change)

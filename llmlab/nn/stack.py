@@ -150,7 +150,7 @@ class Stack(nnx.Module):
         if key is not None and self.execution.layer_drop > 0.0:
             drop = jax.random.bernoulli(jax.random.fold_in(key, LAYER_DROP_KEY), self.execution.layer_drop)
             y_BSD = jnp.where(drop, x_BSD, y_BSD)
-        return shard(y_BSD, "batch", "sequence", "embed"), cache, auxiliary
+        return shard(y_BSD, "batch", "residual", "embed"), cache, auxiliary
 
     def _remat(self, function: Callable[..., Any]) -> Callable[..., Any]:
         if self.execution.remat == "none":

@@ -23,6 +23,7 @@ from jaxtyping import Array, Float
 
 from llmlab.nn.config import Auxiliary, Block, Context, DecoderLayerCache, LayerCache, Wiring
 from llmlab.nn.dropout import dropout, split_key
+from llmlab.sharding import shard
 
 Output = tuple[Float[Array, "B S D"], LayerCache | None, Auxiliary]
 T = TypeVar("T")
@@ -110,7 +111,8 @@ class Branch(nnx.Module):
     ) -> tuple[Float[Array, "B S D"], T]:
         """The stream after the part, and what else the part returned."""
         h_BSD = x_BSD if self.norm_input is None else self.norm_input(x_BSD)
-        y_BSD, other = part(h_BSD)
+        y_BSD, other = part(shard(h_BSD, "batch", "sequence", "embed"))
+        y_BSD = shard(y_BSD, "batch", "residual", "embed")
         if self.norm_output is not None:
             y_BSD = self.norm_output(y_BSD)
         if self.scale is not None:
@@ -186,6 +188,8 @@ class ParallelLayer(nnx.Module):
         key_mixer, key_ffn, key_dropout = split_key(key, 3)
         h_BSD = x_BSD if self.norm_mixer is None else self.norm_mixer(x_BSD)
         g_BSD = h_BSD if self.norm_ffn is None else self.norm_ffn(x_BSD)
+        h_BSD, g_BSD = (shard(h, "batch", "sequence", "embed") for h in (h_BSD, g_BSD))
         mixed_BSD, cache = self.mixer(h_BSD, context, key_mixer, cache)
         fed_BSD, auxiliary = self.ffn(g_BSD, context, key_ffn)
-        return x_BSD + dropout(mixed_BSD + fed_BSD, self.dropout, key_dropout), cache, auxiliary
+        y_BSD = shard(mixed_BSD + fed_BSD, "batch", "residual", "embed")
+        return x_BSD + dropout(y_BSD, self.dropout, key_dropout), cache, auxiliary

@@ -55,20 +55,21 @@ ATTENTION: Mapping[str, Kernel] = {
 }
 
 
-# Rows that llmlab.nn.moe.blocked computes in vain for an expert, at most.
-_BLOCKED_SPARE = 31
+def _blocked_spare(num_rows: int, num_experts: int) -> int:
+    """Rows that llmlab.nn.moe.blocked computes in vain for all experts, at most."""
+    return (63 if num_rows >= 512 * num_experts else 31) * num_experts
 
 
 def _blocked_rows(inputs: Shapes, outputs: Shapes) -> int:
     """Rows (R, D) times a matrix of their expert (E, D, F), or its transpose."""
-    matrices = inputs[1]
-    return 2 * (inputs[0].shape[0] + _BLOCKED_SPARE * matrices.shape[0]) * math.prod(matrices.shape[1:])
+    rows, matrices = inputs[0].shape[0], inputs[1].shape
+    return 2 * (rows + _blocked_spare(rows, matrices[0])) * math.prod(matrices[1:])
 
 
 def _blocked_outer(inputs: Shapes, outputs: Shapes) -> int:
     """Gradient of the matrices (E, D, F) from rows (R, D) and (R, F)."""
-    matrices = outputs[0]
-    return 2 * (inputs[0].shape[0] + _BLOCKED_SPARE * matrices.shape[0]) * math.prod(matrices.shape[1:])
+    rows, matrices = inputs[0].shape[0], outputs[0].shape
+    return 2 * (rows + _blocked_spare(rows, matrices[0])) * math.prod(matrices[1:])
 
 
 def _tiled_rows(inputs: Shapes, outputs: Shapes) -> int:

@@ -12,8 +12,9 @@ from flax import nnx
 from llmlab.nn.module import Params, num_parameters, split
 from llmlab.objectives import Batch, Objective
 from llmlab.optim import Optimizer
+from llmlab.sharding import Placement
 from llmlab.training.config import Train
-from llmlab.training.state import TrainState, abstract, initialise, new_state, state_shardings
+from llmlab.training.state import Layout, TrainState, abstract, initialise, new_state
 from llmlab.training.step import batch_shardings, make_evaluate_step, make_train_step
 
 if TYPE_CHECKING:
@@ -32,8 +33,8 @@ class Program:
     """The model config, its vocabulary settled."""
     graphdef: Any
     """Of the model."""
-    mesh: jax.sharding.Mesh
-    """The devices."""
+    placement: Placement
+    """Devices and rules."""
     state: TrainState
     """Shapes, types and shardings of the state."""
     batch: dict[str, jax.ShapeDtypeStruct]
@@ -51,7 +52,7 @@ class Program:
         model: "ModelConfig",
         objective: Objective,
         optimizer: Optimizer,
-        mesh: jax.sharding.Mesh,
+        placement: Placement,
         train: Train,
         batch: Mapping[str, np.ndarray],
     ) -> "Program":
@@ -61,14 +62,15 @@ class Program:
         transformation = optimizer.build(axes, train.steps)
         kind: dict[str, Any] = {"precision": train.precision, "ema": optimizer.ema is not None}
         unplaced = jax.eval_shape(lambda params: new_state(params, transformation, **kind), shapes)
-        layout = state_shardings(unplaced, axes, mesh)
+        layout = Layout.of(unplaced, axes, placement)
+        params_layout: Any = layout.state.params
 
         def drawn(key: jax.Array) -> Params:
             return split(model.build(nnx.Rngs(params=key)))[1]
 
         def init(weights: Weights | None) -> TrainState:
             if weights is None:
-                return initialise(drawn, transformation, seed=train.seed, layout=layout, **kind)
+                return initialise(drawn, transformation, seed=train.seed, layout=layout.state, **kind)
             given = weights(shapes)
             absent = [name for name in shapes if name not in given]
 
@@ -77,24 +79,24 @@ class Program:
                 return {name: params[name] for name in absent}
 
             if absent:
-                where_absent = {name: layout.params[name] for name in absent}
+                where_absent = {name: params_layout[name] for name in absent}
                 given = given | jax.jit(missing, out_shardings=where_absent)(jax.random.key(train.seed))
-            params = jax.device_put(given, layout.params)
-            return jax.jit(lambda p: new_state(p, transformation, **kind), out_shardings=layout)(params)
+            params = jax.device_put(given, params_layout)
+            return jax.jit(lambda p: new_state(p, transformation, **kind), out_shardings=layout.state)(params)
 
-        where = batch_shardings(batch, mesh)
+        where = batch_shardings(batch, placement)
         settings: dict[str, Any] = {
             "accumulation": train.accumulation,
             "precision": train.precision,
-            "mesh": mesh,
+            "placement": placement,
             "layout": layout,
             "where": where,
         }
         return cls(
             model=model,
             graphdef=graphdef,
-            mesh=mesh,
-            state=abstract(unplaced, layout),
+            placement=placement,
+            state=abstract(unplaced, layout.state),
             batch={
                 name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=where[name])
                 for name, array in batch.items()

@@ -78,7 +78,7 @@ class Session:
             tell=lambda text: self.report.message(text, "warning"),
         )
         with contextlib.closing(checkpoints), contextlib.closing(MetricsLog(self.directory.path)) as log:
-            self.phases.begin("compile", f"{program.num_parameters:,} parameters, {_devices(program.mesh)}")
+            self.phases.begin("compile", f"{program.num_parameters:,} parameters, {_devices(program.placement.mesh)}")
             compiling = in_background(program.compiled)
             state, start, unevaluated = self._state(program, checkpoints)
             program = wait(compiling)
@@ -88,7 +88,7 @@ class Session:
                 flops_per_token=program.model.flops(program.shapes) / program.model.num_tokens(program.shapes),
                 tokens_per_step=program.model.num_tokens(program.shapes),
                 total_steps=self.experiment.train.steps,
-                peak=peak(list(program.mesh.devices.flat)),
+                peak=peak(list(program.placement.mesh.devices.flat)),
             )
             parts = self._parts(program, dataset, checkpoints, log, speed)
             self.phases.begin("train")

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from llmlab.nn.module import Axes, Params
 from llmlab.optim.transformation import state_axes
-from llmlab.sharding import DEFAULT_RULES, Rules, shardings
+from llmlab.sharding import Placement
 
 
 @jax.tree_util.register_dataclass
@@ -100,7 +100,7 @@ def initialise(
         seed: of the parameters; the same seed gives the same numbers on every layout.
         precision: "float16" adds loss scaling.
         ema: whether to keep an average of the parameters.
-        layout: shardings of every array, from `state_shardings`; None for the default device.
+        layout: shardings of every array, from `Layout.of`; None for the default device.
     """
 
     def init(key: jax.Array) -> TrainState:
@@ -110,29 +110,39 @@ def initialise(
     return jax.jit(init, out_shardings=layout)(jax.random.key(seed))
 
 
-def state_shardings(state: TrainState, axes: Axes, mesh: jax.sharding.Mesh, rules: Rules = DEFAULT_RULES) -> TrainState:
-    """Where every array of the state lives, by the logical names of its dimensions.
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Where every array of training lives; the leaves are NamedShardings."""
 
-    Args:
-        state: arrays or shapes.
-        axes: tuple of logical axis names for every parameter.
-        mesh: the devices.
-        rules: logical axis name to mesh axes.
+    state: TrainState
+    """Between steps."""
+    gradients: Any
+    """The sum over the batch."""
+    update: Any
+    """Parameters and gradients while the optimizer works: as its state is."""
 
-    Returns:
-        a state whose leaves are NamedShardings.
-    """
-    replicated = NamedSharding(mesh, PartitionSpec())
-    params = shardings(axes, state.params, mesh, rules)
-    optimizer_axes = state_axes(state.optimizer_state, axes)
-    layout: dict[str, Any] = {
-        "step": replicated,
-        "params": params,
-        "optimizer_state": shardings(optimizer_axes, state.optimizer_state, mesh, rules),
-        "ema": None if state.ema is None else params,
-        "loss_scale": jax.tree.map(lambda _: replicated, state.loss_scale),
-    }
-    return TrainState(**layout)
+    @classmethod
+    def of(cls, state: TrainState, axes: Axes, placement: Placement) -> "Layout":
+        """By the logical names of dimensions.
+
+        Args:
+            state: arrays or shapes.
+            axes: tuple of logical axis names for every parameter.
+            placement: devices, rules, and what ZeRO splits.
+        """
+        replicated = NamedSharding(placement.mesh, PartitionSpec())
+        params = placement.of_params.shardings(axes, state.params)
+        update = placement.shardings(axes, state.params)
+        optimizer_axes = state_axes(state.optimizer_state, axes)
+        where: dict[str, Any] = {
+            "step": replicated,
+            "params": params,
+            "optimizer_state": placement.shardings(optimizer_axes, state.optimizer_state),
+            "ema": None if state.ema is None else update,
+            "loss_scale": jax.tree.map(lambda _: replicated, state.loss_scale),
+        }
+        gradients = placement.of_gradients.shardings(axes, state.params)
+        return cls(state=TrainState(**where), gradients=gradients, update=update)
 
 
 def abstract(state: TrainState, layout: TrainState | None) -> TrainState:

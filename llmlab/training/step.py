@@ -8,10 +8,9 @@ a mean of the parts' means would give tokens of short parts more weight (a bug t
     accumulation   the batch is computed in parts, one after the other: activations of one part in memory at a time
     precision      parameters are cast once, at the top of the differentiated function; float16 also scales the loss
     dropout        the key depends on (seed, step, part) and on nothing else, so layouts and resumption cannot change it
-    mesh           shardings come from logical axis names; without a mesh everything lives on the default device
+    placement      shardings come from logical axis names; without one everything lives on the default device
 """
 
-import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -24,8 +23,8 @@ from jaxtyping import Array, Float
 from llmlab.nn.module import Params, merge
 from llmlab.objectives import Batch, LossParts, Objective
 from llmlab.optim import transformation as optim
-from llmlab.sharding import DEFAULT_RULES, Rules, activate, spec
-from llmlab.training.state import TrainState
+from llmlab.sharding import Placement, activate
+from llmlab.training.state import Layout, TrainState
 
 Precision = Literal["float32", "bfloat16", "float16"]
 Metrics = dict[str, Float[Array, ""]]
@@ -44,9 +43,8 @@ def make_train_step(
     precision: Precision = "float32",
     ema_decay: float | None = None,
     seed: int = 0,
-    mesh: jax.sharding.Mesh | None = None,
-    rules: Rules = DEFAULT_RULES,
-    layout: TrainState | None = None,
+    placement: Placement | None = None,
+    layout: Layout | None = None,
     where: BatchShardings | None = None,
 ) -> Any:
     """The jitted step, `(state, batch) -> (state, metrics)`; the state that goes in is given up.
@@ -59,10 +57,9 @@ def make_train_step(
         precision: of the arithmetic.
         ema_decay: of the average of the parameters, which the state must then have; None keeps none.
         seed: of dropout.
-        mesh: devices, together with `layout`, the shardings of the state, and `where`, those of the batch.
-        rules: logical axis name to mesh axes.
-        layout: from `state_shardings`.
-        where: from `batch_shardings`.
+        placement: devices and rules, together with `layout` and `where`; None for the default device.
+        layout: where the state is, from `Layout.of`.
+        where: where the batch is, from `batch_shardings`.
 
     Metrics: "train/loss" (nats per counted token; further sums of the objective likewise), "gradient_norm" (before
     clipping), "learning_rate"; in float16 "loss_scale" and "skipped", 1 where the gradients were not finite and
@@ -83,8 +80,7 @@ def make_train_step(
 
         def one_part(part: Batch, number: jax.Array | int) -> tuple[Params, LossParts]:
             gradient, parts = jax.grad(loss, has_aux=True)(state.params, part, number)
-            gradient = gradient if layout is None else jax.lax.with_sharding_constraint(gradient, layout.params)
-            return gradient, parts
+            return _placed(gradient, None if layout is None else layout.gradients), parts
 
         gradient, parts = _sum_over_parts(one_part, batch, accumulation)
         if state.loss_scale is not None:
@@ -92,12 +88,14 @@ def make_train_step(
         return gradient, parts
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        with activate(mesh, rules) if mesh is not None else contextlib.nullcontext():
+        with activate(placement):
             gradient, parts = gradients(state, batch)
+        # The update is computed where the optimizer's state is, which under ZeRO is not where parameters are.
+        update = None if layout is None else layout.update
         optimizer_state: Any
-        params: Any
-        updates, optimizer_state = optimizer.update(gradient, state.optimizer_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        gradient, old = _placed(gradient, update), _placed(state.params, update)
+        updates, optimizer_state = optimizer.update(gradient, state.optimizer_state, old)
+        params: Any = _placed(optax.apply_updates(old, updates), update)
         metrics = per_count(parts, "train") | optim.metrics(optimizer_state)
         loss_scale = state.loss_scale
         if loss_scale is not None:
@@ -116,9 +114,9 @@ def make_train_step(
             loss_scale=loss_scale,
         ), metrics
 
-    if mesh is None or layout is None:
+    if layout is None:
         return jax.jit(step, donate_argnums=0)
-    return jax.jit(step, donate_argnums=0, in_shardings=(layout, where), out_shardings=(layout, None))
+    return jax.jit(step, donate_argnums=0, in_shardings=(layout.state, where), out_shardings=(layout.state, None))
 
 
 def make_evaluate_step(
@@ -127,21 +125,20 @@ def make_evaluate_step(
     *,
     accumulation: int = 1,
     precision: Precision = "float32",
-    mesh: jax.sharding.Mesh | None = None,
-    rules: Rules = DEFAULT_RULES,
-    layout: TrainState | None = None,
+    placement: Placement | None = None,
+    layout: Layout | None = None,
     where: BatchShardings | None = None,
 ) -> Any:
     """The jitted evaluation of a batch, `(params, batch) -> LossParts`: sums, no dropout; arguments as for training."""
 
     def evaluate(params: Params, batch: Batch) -> LossParts:
-        with activate(mesh, rules) if mesh is not None else contextlib.nullcontext():
+        with activate(placement):
             model = merge(graphdef, cast(params, precision))
             return _sum_over_parts(lambda part, _: objective.loss(model, part), objective.prepare(batch), accumulation)
 
-    if mesh is None or layout is None:
+    if layout is None:
         return jax.jit(evaluate)
-    return jax.jit(evaluate, in_shardings=(layout.params, where))
+    return jax.jit(evaluate, in_shardings=(layout.state.params, where))
 
 
 def cast(params: Params, precision: Precision) -> Params:
@@ -157,22 +154,24 @@ def per_count(parts: LossParts, prefix: str) -> Metrics:
     return {f"{prefix}/{name}": sums[name] / jnp.where(count > 0, count, 1.0) for name, count in counts.items()}
 
 
-def batch_shardings(batch: Mapping[str, Any], mesh: jax.sharding.Mesh, rules: Rules = DEFAULT_RULES) -> BatchShardings:
+def batch_shardings(batch: Mapping[str, Any], placement: Placement) -> BatchShardings:
     """Where the arrays of a batch live, by name: rows split as activations are, and the positions of tokens too.
 
     Args:
         batch: arrays or shapes of the global batch, the batch dimension first. The second dimension of integers is
             taken for a sequence, and split where the sequence axis divides it.
-        mesh: the devices.
-        rules: logical axis name to mesh axes.
+        placement: devices and rules.
     """
 
     def one(array: Any) -> NamedSharding:
         is_tokens = len(array.shape) > 1 and jnp.issubdtype(array.dtype, jnp.integer)
-        names = ("batch", "sequence")[: 1 + is_tokens]
-        return NamedSharding(mesh, spec(names, rules, shape=array.shape, sizes=mesh.shape))
+        return placement.sharding(("batch", "sequence")[: 1 + is_tokens], array.shape)
 
     return {name: one(array) for name, array in batch.items()}
+
+
+def _placed(tree: Any, where: Any) -> Any:
+    return tree if where is None else jax.lax.with_sharding_constraint(tree, where)
 
 
 def _choose(condition: jax.Array, new: Any, old: Any) -> Any:

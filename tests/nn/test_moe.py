@@ -20,7 +20,7 @@ from llmlab.nn.moe import Capacity, ExpertChoice, LoadBalance, MixtureOfExperts,
 from llmlab.nn.moe.dispatch import Dropless
 from llmlab.plan.cost import count
 from llmlab.sharding import Mesh, activate
-from llmlab.sharding.rules import active_sharding, shardings
+from llmlab.sharding.rules import active_sharding
 from tests import optimised
 from tests.drawing import drawn
 
@@ -317,7 +317,7 @@ def test_a_mesh_computes_what_one_device_computes(name: str, mesh: Mesh) -> None
     want = jax.jit(solve)(params, x)
     with activate(mesh.build(jax.devices())):
         axes = logical_axes(merge(graphdef, params))
-        placed = jax.device_put(params, shardings(axes, params, mesh.build(jax.devices())))
+        placed = jax.device_put(params, mesh.build(jax.devices()).shardings(axes, params))
         x = jax.device_put(x, active_sharding(x.shape, "batch", "sequence", None))
         got = jax.jit(solve)(placed, x)
     for mine, exact in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):

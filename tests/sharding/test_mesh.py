@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from llmlab.sharding import DEFAULT_RULES, Mesh, activate, shard, shardings, spec
+from llmlab.sharding import DEFAULT_RULES, Mesh, activate, shard, spec
+from llmlab.sharding.mesh import AXES
 
 
 def test_minus_one_takes_the_devices_that_are_left():
     assert Mesh(fsdp=2).resolve(8)["data"] == 4
     assert Mesh(data=2, fsdp=-1).resolve(8)["fsdp"] == 4
-    assert Mesh(data=1).resolve(1) == dict.fromkeys(Mesh().axis_names, 1)
+    assert Mesh(data=1).resolve(1) == dict.fromkeys(AXES, 1)
 
 
 @pytest.mark.parametrize(
@@ -36,11 +37,13 @@ def test_meaningless_sizes_are_refused(sizes):
 def test_parameters_and_activations_get_the_specs_of_the_table():
     assert spec(("embed", "heads", "head_dim"), DEFAULT_RULES) == PartitionSpec("fsdp", "tensor", None)
     # batch takes fsdp first, so embed is not split again
-    assert spec(("batch", "sequence", "embed"), DEFAULT_RULES) == PartitionSpec(("data", "fsdp"), "sequence", None)
+    assert spec(("batch", "sequence", "embed"), DEFAULT_RULES) == PartitionSpec(
+        ("data", "fsdp", "expert"), "sequence", None
+    )
 
 
 def test_a_dimension_that_does_not_divide_is_replicated():
-    sizes = {"fsdp": 4, "data": 2}
+    sizes = {"fsdp": 4, "data": 2, "expert": 1}
     assert spec(("embed",), DEFAULT_RULES, shape=(6,), sizes=sizes) == PartitionSpec(None)
     assert spec(("batch",), DEFAULT_RULES, shape=(2,), sizes=sizes) == PartitionSpec("data")
 
@@ -61,5 +64,5 @@ def test_shard_outside_a_mesh_is_the_identity():
 
 def test_shardings_follow_the_tree_of_names():
     mesh = Mesh(fsdp=8, data=1).build(jax.devices()[:8])
-    tree = shardings({"a": {"kernel": ("embed", "mlp")}}, {"a": {"kernel": jnp.zeros((16, 3))}}, mesh)
+    tree = mesh.shardings({"a": {"kernel": ("embed", "mlp")}}, {"a": {"kernel": jnp.zeros((16, 3))}})
     assert tree["a"]["kernel"].spec == PartitionSpec("fsdp", None)

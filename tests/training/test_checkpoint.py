@@ -21,7 +21,7 @@ from llmlab.objectives import NextToken
 from llmlab.optim import AdamW
 from llmlab.sharding import Mesh
 from llmlab.training.checkpoint import Checkpoints, restore_params, saved_steps, verify
-from llmlab.training.state import TrainState, abstract, new_state, state_shardings
+from llmlab.training.state import Layout, TrainState, abstract, new_state
 from llmlab.training.step import make_train_step
 
 
@@ -112,11 +112,11 @@ def test_a_state_is_restored_onto_another_layout(
     open_checkpoints: Callable[..., Checkpoints], make_model: Callable[..., Any], state: TrainState
 ) -> None:
     axes = logical_axes(make_model())
-    sharded = jax.device_put(state, state_shardings(state, axes, Mesh(fsdp=8, data=1).build(jax.devices())))
+    sharded = jax.device_put(state, Layout.of(state, axes, Mesh(fsdp=8, data=1).build(jax.devices())).state)
     checkpoints = open_checkpoints()
     checkpoints.save(sharded, 1, {})
     checkpoints.wait()
-    layout = state_shardings(state, axes, Mesh(data=2, fsdp=2).build(jax.devices()[:4]))
+    layout = Layout.of(state, axes, Mesh(data=2, fsdp=2).build(jax.devices()[:4])).state
     restored = checkpoints.restore(abstract(state, layout))
     assert restored is not None
     assert_identical(restored[0], state)

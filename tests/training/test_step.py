@@ -14,7 +14,7 @@ from llmlab.nn.module import logical_axes, merge, split
 from llmlab.objectives import NextToken
 from llmlab.optim import SGD, AdamW, Linear, Optimizer
 from llmlab.sharding import Mesh
-from llmlab.training.state import LossScale, TrainState, new_state, state_shardings
+from llmlab.training.state import Layout, LossScale, TrainState, new_state
 from llmlab.training.step import batch_shardings, make_evaluate_step, make_train_step
 
 Batch = dict[str, np.ndarray]
@@ -51,11 +51,11 @@ def train(
     state = new_state(params, transformation, precision=precision, ema=ema)
     if mesh is not None:
         built = mesh.build(jax.devices())
-        layout = state_shardings(state, logical_axes(model), built)
-        state = jax.device_put(state, layout)
+        layout = Layout.of(state, logical_axes(model), built)
+        state = jax.device_put(state, layout.state)
         where = batch_shardings(batches[0], built)
         batches = [jax.device_put(batch, where) for batch in batches]
-        settings |= {"mesh": built, "layout": layout, "where": where}
+        settings |= {"placement": built, "layout": layout, "where": where}
     step = make_train_step(graphdef, NextToken(), transformation, **settings)
     metrics = []
     for batch in batches:
@@ -122,7 +122,7 @@ def test_parameters_and_their_moments_are_split_over_fsdp(make_model: Callable[.
     model = make_model()
     mesh = Mesh(fsdp=8, data=1).build(jax.devices())
     state = new_state(split(model)[1], AdamW(peak_lr=1e-2).build(logical_axes(model), 10), ema=True)
-    state = jax.device_put(state, state_shardings(state, logical_axes(model), mesh))
+    state = jax.device_put(state, Layout.of(state, logical_axes(model), mesh).state)
     assert state.ema is not None
     moments = [tree for tree in state.optimizer_state.values() if isinstance(tree, dict)]
     assert len(moments) == 2

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from llmlab.nn.kernels.heads import join_heads, split_heads
 from llmlab.nn.kernels.scoring import Scoring
 from llmlab.nn.masks import Causal, Mask, Padding, Segments, SlidingWindow
-from llmlab.sharding.rules import active_sharding
+from llmlab.sharding.rules import active_placement
 
 # The kernel works on tiles of 128 lanes.
 _LANES = 128
@@ -62,17 +62,11 @@ def splash(
         interpret=interpret,
     )
     # Groups of heads are split over devices where there are too few key/value heads.
-    sharding = active_sharding(q_BKGSH.shape, "batch", "kv_heads", "heads", None, None)
-    if sharding is not None:
-        rows, kv_heads = sharding.spec[:2]
-        kv, ids = PartitionSpec(rows, kv_heads), PartitionSpec(rows)
-        run = jax.shard_map(
-            run,
-            mesh=sharding.mesh,
-            in_specs=(sharding.spec, kv, kv, ids),
-            out_specs=sharding.spec,
-            check_vma=False,  # pallas_call does not say how its outputs vary over the mesh
-        )
+    placement = active_placement()
+    if placement is not None:
+        spec = placement.spec(("batch", "kv_heads", "heads", None, None), q_BKGSH.shape)
+        kv, ids = PartitionSpec(*spec[:2]), PartitionSpec(spec[0])
+        run = placement.shard_map(run, in_specs=(spec, kv, kv, ids), out_specs=spec)
     return join_heads(run(q_BKGSH, k_BKTH, v_BKTH, segments)[:, :, :, :num_queries])
 
 

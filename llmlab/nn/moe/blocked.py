@@ -1,10 +1,11 @@
 """Grouped matmul in plain JAX: a loop over the experts, and in it one over blocks of the rows that each really has.
 
-The trip counts depend on the data, so the work is that of the rows there are, plus at most 31 rows per expert, where
-`jax.lax.ragged_dot` multiplies every row with every expert on CPU. What an expert costs by itself is memory traffic:
-its matrix is read once, its gradient written once.
+The trip counts depend on the data, so the work is that of the rows there are, plus at most 31 rows per expert (63
+where an expert has 512 rows or more on average), where `jax.lax.ragged_dot` multiplies every row with every expert on
+CPU. What an expert costs by itself is memory traffic: its matrix is read once, its gradient written once.
 
-    rows of expert e   [ block | block | rest ]      the rest is one product of 32, 64, ... or 256 rows, its end masked
+    rows of expert e   [ block | block | rest ]      the rest is one product of an eighth, two eighths, ... of a block,
+                                                     its end masked
 
 Shapes: R rows sorted by expert, E experts, D and F the widths of inputs and outputs.
 """
@@ -16,8 +17,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-# Matmuls of 256 rows run at full speed on CPU, and 31 rows computed in vain per expert are few.
-BLOCK, STEP = 256, 32
+
+def block_rows(num_rows: int, num_experts: int) -> int:
+    """Rows of a block: 256 run at full speed on one core, XLA gives 512 to several; a step of the rest is an eighth."""
+    return 512 if num_rows >= 512 * num_experts else 256
+
 
 # The functions are jitted for their names, by which llmlab.plan.cost knows what they cost: trip counts that depend on
 # data do not show in a program.
@@ -45,7 +49,8 @@ def blocked_outer(
 ) -> Float[Array, "E D F"]:
     """For every expert the sum over its rows of x^T dy, added in float32: the gradient of its matrix."""
     starts_E, ends_E = _spans(sizes_E)
-    (size, x_RD), (_, dy_RF) = _at_least_a_block(x_RD), _at_least_a_block(dy_RF)
+    largest = block_rows(x_RD.shape[0], sizes_E.shape[0])
+    (size, x_RD), (_, dy_RF) = _at_least_a_block(x_RD, largest), _at_least_a_block(dy_RF, largest)
 
     def expert(_: None, e: jax.Array) -> tuple[None, jax.Array]:
         start, end = starts_E[e], ends_E[e]
@@ -61,7 +66,7 @@ def blocked_outer(
         def steps(num_rows: int) -> jax.Array:
             return product(_masked(x_RD, rest, end, num_rows)[0], _masked(dy_RF, rest, end, num_rows)[0])
 
-        total = jax.lax.fori_loop(0, (rest - start) // size, block, _by_steps(steps, size, end - rest))
+        total = jax.lax.fori_loop(0, (rest - start) // size, block, _by_steps(steps, size, largest // 8, end - rest))
         return None, total.astype(x_RD.dtype)
 
     return jax.lax.scan(expert, None, jnp.arange(sizes_E.shape[0]))[1]
@@ -72,7 +77,8 @@ def _rows(
 ) -> jax.Array:
     num_rows = x_RD.shape[0]
     starts_E, ends_E = _spans(sizes_E)
-    size, x_RD = _at_least_a_block(x_RD)
+    largest = block_rows(num_rows, w_EDF.shape[0])
+    size, x_RD = _at_least_a_block(x_RD, largest)
 
     def expert(e: jax.Array, y_RF: jax.Array) -> jax.Array:
         start, end = starts_E[e], ends_E[e]
@@ -95,19 +101,19 @@ def _rows(
         y_RF = jax.lax.fori_loop(0, (rest - start) // size, block, y_RF)
         # The rest's products, zero at the rows of other groups, join what stands in the block they lie in.
         place = jnp.minimum(rest, x_RD.shape[0] - size)
-        there = jax.lax.dynamic_slice_in_dim(y_RF, place, size) + _by_steps(steps, size, end - rest)
+        there = jax.lax.dynamic_slice_in_dim(y_RF, place, size) + _by_steps(steps, size, largest // 8, end - rest)
         return jax.lax.dynamic_update_slice_in_dim(y_RF, there, place, 0)
 
     y_RF = jnp.zeros((x_RD.shape[0], width), x_RD.dtype)
     return jax.lax.fori_loop(0, w_EDF.shape[0], expert, y_RF)[:num_rows]
 
 
-def _by_steps(product: Callable[[int], jax.Array], block: int, num_rows: jax.Array) -> jax.Array:
-    """`product(n)` of the least multiple n of STEP that is not below `num_rows`, up to a block; zeros for no rows."""
-    some = [partial(product, n) for n in range(STEP, block + 1, STEP)]
+def _by_steps(product: Callable[[int], jax.Array], block: int, step: int, num_rows: jax.Array) -> jax.Array:
+    """`product(n)` of the least multiple n of `step` that is not below `num_rows`, up to a block; zeros for no rows."""
+    some = [partial(product, n) for n in range(step, block + 1, step)]
     shape = jax.eval_shape(some[0])
     nothing = partial(jnp.zeros, shape.shape, shape.dtype)
-    return jax.lax.switch((num_rows + STEP - 1) // STEP, [nothing, *some])
+    return jax.lax.switch((num_rows + step - 1) // step, [nothing, *some])
 
 
 def _masked(
@@ -126,8 +132,9 @@ def _spans(sizes_E: Int[Array, "E"]) -> tuple[Int[Array, "E"], Int[Array, "E"]]:
     return ends_E - sizes_E, ends_E
 
 
-def _at_least_a_block(rows: Float[Array, "R D"]) -> tuple[int, Float[Array, "P D"]]:
-    """The block's size, less than BLOCK where there are fewer rows, and the rows, which are at least so many."""
-    block = min(BLOCK, STEP * -(-rows.shape[0] // STEP))
+def _at_least_a_block(rows: Float[Array, "R D"], largest: int) -> tuple[int, Float[Array, "P D"]]:
+    """The block's size, less than `largest` where there are fewer rows, and the rows, which are at least so many."""
+    step = largest // 8
+    block = min(largest, step * -(-rows.shape[0] // step))
     missing = max(0, block - rows.shape[0])
     return block, jnp.pad(rows, ((0, missing), (0, 0))) if missing else rows

@@ -18,13 +18,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from llmlab.nn.module import Params, logical_axes, merge, split
 from llmlab.nn.moe.experts import Experts
 from llmlab.sharding import shard
-from llmlab.sharding.rules import active_sharding
+from llmlab.sharding.rules import Placement, active_placement, active_sharding
 
 
 class Assignment(abc.ABC):
@@ -45,10 +45,10 @@ class Dropless(Assignment):
     """Weights of the choices."""
 
     def apply(self, experts: Experts, x_BSD: Float[Array, "B S D"], key: jax.Array | None) -> Float[Array, "B S D"]:
-        tokens = active_sharding(x_BSD.shape, "batch", "sequence", None)
-        if tokens is None:
+        placement = active_placement()
+        if placement is None:
             return _sorted(experts, x_BSD, self.expert_BSK, self.gate_BSK, key)
-        return _sorted_by_each_device(experts, x_BSD, self.expert_BSK, self.gate_BSK, key, tokens)
+        return _sorted_by_each_device(experts, x_BSD, self.expert_BSK, self.gate_BSK, key, placement)
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def _sorted_by_each_device(
     expert_BSK: Int[Array, "B S K"],
     gate_BSK: Float[Array, "B S K"],
     key: jax.Array | None,
-    tokens: NamedSharding,
+    placement: Placement,
 ) -> Float[Array, "B S D"]:
     """As `_sorted`, on a mesh: every device sorts its own tokens (XLA would sort those of all devices together), lets
     its own experts, and its own part of their hidden width, look at them, and the parts are summed."""
@@ -126,7 +126,9 @@ def _sorted_by_each_device(
         for layer, leaves in params.items()
     }
     by_expert, _, by_width = (_mesh_axes(entry) for entry in specs["up"]["kernel"])
-    by_token = sum((_mesh_axes(entry) for entry in tokens.spec), ())
+    # every expert's device sees the tokens of all of them
+    tokens = _without(placement.spec(("batch", "sequence", None), x_BSD.shape), by_expert)
+    by_token = sum((_mesh_axes(entry) for entry in tokens), ())
 
     def run(
         params: Params, x_BSD: jax.Array, expert_BSK: jax.Array, gate_BSK: jax.Array, key: jax.Array | None
@@ -143,13 +145,9 @@ def _sorted_by_each_device(
         # float32: a sum of parts rounded to bfloat16 would depend on their number
         return jax.lax.psum(y_BSD.astype(jnp.float32), (*by_expert, *by_width)).astype(x_BSD.dtype)
 
-    return jax.shard_map(
-        run,
-        mesh=tokens.mesh,
-        in_specs=(specs, tokens.spec, tokens.spec, tokens.spec, PartitionSpec()),
-        out_specs=tokens.spec,
-        check_vma=False,  # pallas_call does not say how its outputs vary over the mesh
-    )(params, x_BSD, expert_BSK, gate_BSK, key)
+    return placement.shard_map(run, in_specs=(specs, tokens, tokens, tokens, PartitionSpec()), out_specs=tokens)(
+        params, x_BSD, expert_BSK, gate_BSK, key
+    )
 
 
 def _spec(leaf: jax.Array, names: tuple[str, ...]) -> PartitionSpec:
@@ -163,6 +161,10 @@ def _spec(leaf: jax.Array, names: tuple[str, ...]) -> PartitionSpec:
 def _mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """Mesh axes of one entry of a PartitionSpec."""
     return () if entry is None else (entry,) if isinstance(entry, str) else entry
+
+
+def _without(spec: PartitionSpec, axes: tuple[str, ...]) -> PartitionSpec:
+    return PartitionSpec(*(tuple(axis for axis in _mesh_axes(entry) if axis not in axes) for entry in spec))
 
 
 def _batched(experts: Experts, rows_BECD: Float[Array, "B E C D"], key: jax.Array | None) -> Float[Array, "B E C D"]:

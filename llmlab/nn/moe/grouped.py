@@ -6,7 +6,7 @@
 
     implementation   for       computed besides the rows there are
     dense            tests     every row with every expert: E times as much
-    blocked          CPU       at most 31 rows per expert
+    blocked          CPU       at most 31 rows per expert, 63 where each has 512 or more
     blocked          GPU       the same; a loop of large matmuls, whose cost is certain: `jax.lax.ragged_dot` is at the
                                compiler's mercy there, which may expand it to the dense product
     megablox         TPU       at most one tile of 128 or 512 rows per expert
