@@ -24,7 +24,7 @@ def split(module: nnx.Module) -> tuple[nnx.GraphDef, Params]:
 
 def merge(graphdef: nnx.GraphDef, params: Params) -> Any:
     """The module with these parameters; the inverse of `split`, cheap enough for every trace."""
-    return nnx.merge(graphdef, _native_keys(params))
+    return nnx.merge(graphdef, native_keys(params))
 
 
 def logical_axes(module: nnx.Module) -> Axes:
@@ -68,7 +68,8 @@ def _string_keys(tree: Any) -> Any:
     return {str(key): _string_keys(value) for key, value in tree.items()} if isinstance(tree, dict) else tree
 
 
-def _native_keys(tree: Any) -> Any:
+def native_keys(tree: Any) -> Any:
+    """A tree of parameters with the keys that nnx gives them: ints for the items of a list."""
     if not isinstance(tree, dict):
         return tree
-    return {int(key) if key.isdigit() else key: _native_keys(value) for key, value in tree.items()}
+    return {int(key) if key.isdigit() else key: native_keys(value) for key, value in tree.items()}

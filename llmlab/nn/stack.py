@@ -17,14 +17,16 @@ LayerDrop (Fan et al. 2020, 1909.11556) skips each layer with probability p in t
 a trained model be cut shallower.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from llmlab.nn.config import Auxiliary, Block, Context, LayerCache
 from llmlab.nn.dropout import check_rate
@@ -93,50 +95,100 @@ class Stack(nnx.Module):
     ) -> tuple[Float[Array, "B S D"], tuple[LayerCache, ...] | None, Auxiliary]:
         """Output of the last layer; the caches with the new positions stored (one per layer, first to last); and what
         the layers report, every array with a leading dimension of the layers that report it (in no order)."""
-        split = [nnx.split(block) for block in self.blocks]
-        graphdefs = [graphdef for graphdef, _ in split]
-        stacked = [params for _, params in split]
-        period = len(graphdefs)
-        repeats = self.num_layers // period if period else 0
         caches = list(cache) if cache is not None else None
         reports: list[Auxiliary] = []
-
-        def repeat(
-            x: jax.Array, params: Sequence[Any], number: jax.Array | int
-        ) -> tuple[jax.Array, tuple[Auxiliary, ...]]:
-            reports = []
-            for i, graphdef in enumerate(graphdefs):
-                layer, index = nnx.merge(graphdef, params[i]), number * period + i
-                x, _, report = self._layer(layer, x, context, key, index, None)
-                reports.append(report)
-            return x, tuple(reports)
-
-        if caches is None and not self.execution.unrolled(self.num_layers):
-            step = self._remat(repeat)
-            numbers = jnp.arange(repeats)
-            x_BSD, looped = jax.lax.scan(lambda x, xs: step(x, xs[0], xs[1]), x_BSD, (stacked, numbers))
+        repeats, params = self.repeats, [nnx.split(block)[1] for block in self.blocks]
+        if caches is not None:
+            for index, layer in enumerate(repeats.layers(params)):
+                x_BSD, caches[index], report = repeats.layer(layer, x_BSD, context, key, index, caches[index])
+                reports.append(_one(report))
+        elif (cut := _cut.get()) is not None and (found := cut(self, x_BSD, context, key)) is not None:
+            x_BSD, looped = found
             reports += looped
         else:
-            layers = unstack(stacked, repeats)
-            for number in range(repeats):
-                if caches is None:
-                    x_BSD, written_out = self._remat(repeat)(x_BSD, layers[number], number)
-                    reports += [_one(report) for report in written_out]
-                    continue
-                for i, graphdef in enumerate(graphdefs):
-                    layer, index = nnx.merge(graphdef, layers[number][i]), number * period + i
-                    x_BSD, caches[index], report = self._layer(layer, x_BSD, context, key, index, caches[index])
-                    reports.append(_one(report))
+            x_BSD, looped = repeats(params, x_BSD, context, key)
+            reports += looped
         for i, layer in enumerate(self.remainder):
-            index = repeats * period + i
+            index = self.num_layers - len(self.remainder) + i
             before = None if caches is None else caches[index]
-            x_BSD, after, report = self._layer(layer, x_BSD, context, key, index, before)
+            x_BSD, after, report = repeats.layer(layer, x_BSD, context, key, index, before)
             reports.append(_one(report))
             if caches is not None:
                 caches[index] = after
         return x_BSD, None if caches is None else tuple(caches), _joined(reports)
 
-    def _layer(
+    @property
+    def repeats(self) -> "Repeats":
+        """The whole repeats of the pattern, apart from their parameters."""
+        graphdefs = tuple(nnx.split(block)[0] for block in self.blocks)
+        return Repeats(
+            graphdefs, self.num_layers // len(graphdefs) if graphdefs else 0, self.num_layers, self.execution
+        )
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """Repeats of a pattern as a function of their parameters: a stack's, or a pipeline stage's share of them."""
+
+    graphdefs: tuple[Any, ...]
+    """Of the pattern's blocks."""
+    num: int
+    """How many repeats the stack has."""
+    num_layers: int
+    """How many layers the stack has, those beyond the last whole repeat included."""
+    execution: Execution
+
+    def __call__(
+        self,
+        params: Sequence[Any],
+        x_BSD: Float[Array, "B S D"],
+        context: Context,
+        key: jax.Array | None,
+        first: Int[Array, ""] | int = 0,
+    ) -> tuple[Float[Array, "B S D"], list[Auxiliary]]:
+        """The output, and the reports of every block of the pattern with a leading dimension of repeats.
+
+        Args:
+            params: of every block of the pattern, stacked over so many repeats as are to be applied.
+            x_BSD: the residual stream.
+            context: see Context.
+            key: makes dropout active.
+            first: number of the first of these repeats in the stack; those from `num` on are padding and change
+                nothing.
+        """
+        leaves = jax.tree.leaves(params)
+        count = leaves[0].shape[0] if leaves else 0
+        padded = not isinstance(first, int)
+
+        def repeat(x: jax.Array, params: Sequence[Any], number: jax.Array | int) -> tuple[jax.Array, Any]:
+            y, reports = x, []
+            for i, graphdef in enumerate(self.graphdefs):
+                layer, index = nnx.merge(graphdef, params[i]), number * len(self.graphdefs) + i
+                y, _, report = self.layer(layer, y, context, key, index, None)
+                reports.append(report)
+            if padded:
+                y = jnp.where(number < self.num, y, x)
+            return y, tuple(reports)
+
+        if self.execution.remat != "none":
+            repeat = jax.checkpoint(repeat, policy=_POLICIES[self.execution.remat])
+        if not self.execution.unrolled(self.num_layers):
+            numbers = first + jnp.arange(count)
+            x_BSD, looped = jax.lax.scan(lambda x, xs: repeat(x, xs[0], xs[1]), x_BSD, (list(params), numbers))
+            return x_BSD, list(looped)
+        written_out: list[tuple[Auxiliary, ...]] = []
+        for i, of_repeat in enumerate(unstack(list(params), count)):
+            x_BSD, reports = repeat(x_BSD, of_repeat, first + i)
+            written_out.append(reports)
+        return x_BSD, [_joined([_one(report) for report in of_block]) for of_block in zip(*written_out, strict=True)]
+
+    def layers(self, params: Sequence[Any]) -> Iterator[nnx.Module]:
+        """Every layer with its parameters, first to last."""
+        for of_repeat in unstack(list(params), self.num):
+            for graphdef, of_layer in zip(self.graphdefs, of_repeat, strict=True):
+                yield nnx.merge(graphdef, of_layer)
+
+    def layer(
         self,
         layer: Any,
         x_BSD: jax.Array,
@@ -145,6 +197,7 @@ class Stack(nnx.Module):
         index: jax.Array | int,
         cache: LayerCache | None,
     ) -> tuple[jax.Array, Any, Auxiliary]:
+        """One layer, by its number in the stack."""
         key = None if key is None else jax.random.fold_in(key, index)
         y_BSD, cache, auxiliary = layer(x_BSD, context, key, cache)
         if key is not None and self.execution.layer_drop > 0.0:
@@ -152,10 +205,20 @@ class Stack(nnx.Module):
             y_BSD = jnp.where(drop, x_BSD, y_BSD)
         return shard(y_BSD, "batch", "residual", "embed"), cache, auxiliary
 
-    def _remat(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        if self.execution.remat == "none":
-            return function
-        return jax.checkpoint(function, policy=_POLICIES[self.execution.remat])
+
+Cut = Callable[[Stack, jax.Array, Context, jax.Array | None], tuple[jax.Array, list[Auxiliary]] | None]
+_cut: contextvars.ContextVar[Cut | None] = contextvars.ContextVar("cut", default=None)
+
+
+@contextlib.contextmanager
+def cut_by(cut: Cut) -> Iterator[None]:
+    """While tracing inside, a stack asks `cut` for the output and the reports of its repeats, and computes them only
+    where it gets None. So a pipeline takes a model apart into what comes before its layers and what comes after."""
+    token = _cut.set(cut)
+    try:
+        yield
+    finally:
+        _cut.reset(token)
 
 
 def _one(report: Auxiliary) -> Auxiliary:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from llmlab.sharding.rules import DEFAULT_RULES, Context, Placement, Rules
+from llmlab.sharding.rules import DEFAULT_RULES, Context, Placement, Rules, ScheduleName
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -51,6 +51,10 @@ class Mesh:
     context: Context = "ring"
     """How attention meets keys of other devices where the sequence is split: keys go around in a ring, or heads are
     exchanged for tokens (all_to_all, at most as many devices as key/value heads)."""
+    schedule: ScheduleName = "1f1b"
+    """Order of a pipeline's work: 1f1b keeps few activations, gpipe recomputes nothing unless execution.remat asks."""
+    interleave: int = 1
+    """Chunks of layers that a pipeline stage has: more chunks, a smaller bubble, more traffic."""
     slices: int = 1
     """Groups of devices that only a slow network joins (TPU slices); the data axis, else fsdp, is split over them."""
     rules: dict[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
@@ -64,6 +68,8 @@ class Mesh:
             raise ValueError(f"mesh has -1 on several axes ({sizes}); only one axis can take what is left")
         if self.slices < 1:
             raise ValueError(f"mesh.slices={self.slices} is not positive; 1 is for devices of one fast network")
+        if self.interleave < 1:
+            raise ValueError(f"mesh.interleave={self.interleave} is not positive; 1 gives a stage one chunk of layers")
         if unknown := sorted({axis for axes in self.rules.values() for axis in axes} - set(AXES)):
             raise ValueError(f"mesh.rules names mesh axes {unknown} that there are not; use {', '.join(AXES)}")
 
@@ -117,7 +123,9 @@ class Mesh:
             # Auto: the compiler places collectives from our constraints; Explicit would put shardings in types.
             axis_types=(jax.sharding.AxisType.Auto,) * len(sizes),
         )
-        return Placement(mesh, self.table, zero=self.zero, context=self.context)
+        return Placement(
+            mesh, self.table, zero=self.zero, context=self.context, schedule=self.schedule, interleave=self.interleave
+        )
 
     def _shared_out(self, sizes: dict[str, int]) -> dict[str, int]:
         """How many slices each axis crosses: data as many as it can, fsdp the rest."""

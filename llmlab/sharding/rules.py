@@ -29,6 +29,7 @@ Rules = Mapping[str, tuple[str, ...]]
 """Logical axis name to the mesh axes it is split over; a name that is absent is replicated."""
 
 Context = Literal["ring", "all_to_all"]
+ScheduleName = Literal["1f1b", "gpipe"]
 
 DEFAULT_RULES: Rules = {
     "batch": ("data", "fsdp", "expert"),
@@ -56,6 +57,10 @@ class Placement:
     """What the fsdp axis splits of the state: 1 the optimizer's, 2 gradients too, 3 parameters too."""
     context: Context = "ring"
     """How attention meets keys of other devices where the sequence is split."""
+    schedule: ScheduleName = "1f1b"
+    """In what order a pipeline works."""
+    interleave: int = 1
+    """Chunks of layers that a stage of the pipeline has."""
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -120,6 +120,8 @@ class Layout:
     """The sum over the batch."""
     update: Any
     """Parameters and gradients while the optimizer works: as its state is."""
+    axes: Axes
+    """Logical names of the parameters' dimensions."""
 
     @classmethod
     def of(cls, state: TrainState, axes: Axes, placement: Placement) -> "Layout":
@@ -142,7 +144,7 @@ class Layout:
             "loss_scale": jax.tree.map(lambda _: replicated, state.loss_scale),
         }
         gradients = placement.of_gradients.shardings(axes, state.params)
-        return cls(state=TrainState(**where), gradients=gradients, update=update)
+        return cls(state=TrainState(**where), gradients=gradients, update=update, axes=axes)
 
 
 def abstract(state: TrainState, layout: TrainState | None) -> TrainState:

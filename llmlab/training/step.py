@@ -5,14 +5,15 @@
 Both sums run over every device and every accumulation part, so the gradient does not depend on how the batch was cut:
 a mean of the parts' means would give tokens of short parts more weight (a bug that several frameworks shipped).
 
-    accumulation   the batch is computed in parts, one after the other: activations of one part in memory at a time
+    accumulation   the batch is computed in parts, one after the other: activations of one part in memory at a time;
+                   with a pipeline, one behind the other (llmlab.training.pipelined)
     precision      parameters are cast once, at the top of the differentiated function; float16 also scales the loss
     dropout        the key depends on (seed, step, part) and on nothing else, so layouts and resumption cannot change it
     placement      shardings come from logical axis names; without one everything lives on the default device
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +25,10 @@ from llmlab.nn.module import Params, merge
 from llmlab.objectives import Batch, LossParts, Objective
 from llmlab.optim import transformation as optim
 from llmlab.sharding import Placement, activate
+from llmlab.training.pipelined import Pipelined
+from llmlab.training.precision import Precision, cast
 from llmlab.training.state import Layout, TrainState
 
-Precision = Literal["float32", "bfloat16", "float16"]
 Metrics = dict[str, Float[Array, ""]]
 BatchShardings = dict[str, NamedSharding]
 
@@ -66,6 +68,8 @@ def make_train_step(
     parameters and optimizer state were left as they were.
     """
 
+    pipeline = Pipelined.of(graphdef, objective, layout.axes if layout else {}, placement, precision)
+
     def gradients(state: TrainState, batch: Batch) -> tuple[Params, LossParts]:
         batch = objective.prepare(batch)
         count = objective.count(batch)
@@ -82,7 +86,12 @@ def make_train_step(
             gradient, parts = jax.grad(loss, has_aux=True)(state.params, part, number)
             return _placed(gradient, None if layout is None else layout.gradients), parts
 
-        gradient, parts = _sum_over_parts(one_part, batch, accumulation)
+        if layout is not None and pipeline is not None:
+            keys = jax.vmap(lambda number: jax.random.fold_in(key, number))(jnp.arange(accumulation))
+            gradient, parts = pipeline.gradient(state.params, _cut(batch, accumulation), keys, per_token * scale)
+            gradient = _placed(gradient, layout.gradients)
+        else:
+            gradient, parts = _sum_over_parts(one_part, batch, accumulation)
         if state.loss_scale is not None:
             gradient = jax.tree.map(lambda g: g / scale, gradient)
         return gradient, parts
@@ -131,20 +140,19 @@ def make_evaluate_step(
 ) -> Any:
     """The jitted evaluation of a batch, `(params, batch) -> LossParts`: sums, no dropout; arguments as for training."""
 
+    pipeline = Pipelined.of(graphdef, objective, layout.axes if layout else {}, placement, precision)
+
     def evaluate(params: Params, batch: Batch) -> LossParts:
         with activate(placement):
+            batch = objective.prepare(batch)
+            if pipeline is not None:
+                return pipeline.loss(params, _cut(batch, accumulation))
             model = merge(graphdef, cast(params, precision))
-            return _sum_over_parts(lambda part, _: objective.loss(model, part), objective.prepare(batch), accumulation)
+            return _sum_over_parts(lambda part, _: objective.loss(model, part), batch, accumulation)
 
     if layout is None:
         return jax.jit(evaluate)
     return jax.jit(evaluate, in_shardings=(layout.state.params, where))
-
-
-def cast(params: Params, precision: Precision) -> Params:
-    """The parameters in the type of the arithmetic; gradients through it come back in float32."""
-    dtype = jnp.dtype(precision)
-    return jax.tree.map(lambda p: p.astype(dtype) if jnp.issubdtype(p.dtype, jnp.floating) else p, params)
 
 
 def per_count(parts: LossParts, prefix: str) -> Metrics:
@@ -178,19 +186,24 @@ def _choose(condition: jax.Array, new: Any, old: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
 
 
-def _sum_over_parts(function: Callable[[Batch, jax.Array | int], Any], batch: Batch, num_parts: int) -> Any:
-    """Sum of function(part, number) over the parts of a batch, computed one after the other.
+def _cut(batch: Batch, num_parts: int) -> Batch:
+    """The batch in parts, (num_parts, rows, ...).
 
     Part i is the rows i, i + num_parts, ...: where rows are split over devices every part is split alike, and nothing
     moves. (Contiguous parts would live on a few devices each.)
     """
-    if num_parts == 1:
-        return function(batch, 0)
 
-    def split(x: jax.Array) -> jax.Array:
+    def cut(x: jax.Array) -> jax.Array:
         return x.reshape(x.shape[0] // num_parts, num_parts, *x.shape[1:]).swapaxes(0, 1)
 
-    parts = jax.tree.map(split, batch)
+    return jax.tree.map(cut, batch)
+
+
+def _sum_over_parts(function: Callable[[Batch, jax.Array | int], Any], batch: Batch, num_parts: int) -> Any:
+    """Sum of function(part, number) over the parts of a batch, computed one after the other."""
+    if num_parts == 1:
+        return function(batch, 0)
+    parts = _cut(batch, num_parts)
 
     def add(total: Any, xs: tuple[Batch, jax.Array]) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, function(*xs)), None
