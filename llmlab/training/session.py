@@ -19,6 +19,8 @@ from llmlab.data.dataset import Dataset
 from llmlab.data.prefetch import prefetch
 from llmlab.data.store import default_cache_dir
 from llmlab.nn.module import Params, merge
+from llmlab.sharding import Placement
+from llmlab.sharding.pipeline import AXIS, Schedule
 from llmlab.tokenizers import Tokenizer, load_tokenizer
 from llmlab.training.checkpoint import Checkpoints
 from llmlab.training.directory import RunDirectory
@@ -78,7 +80,8 @@ class Session:
             tell=lambda text: self.report.message(text, "warning"),
         )
         with contextlib.closing(checkpoints), contextlib.closing(MetricsLog(self.directory.path)) as log:
-            self.phases.begin("compile", f"{program.num_parameters:,} parameters, {_devices(program.placement.mesh)}")
+            devices = _devices(program.placement, self.experiment.train.accumulation)
+            self.phases.begin("compile", f"{program.num_parameters:,} parameters, {devices}")
             compiling = in_background(program.compiled)
             state, start, unevaluated = self._state(program, checkpoints)
             program = wait(compiling)
@@ -229,6 +232,13 @@ def _check_labels(of_model: int | None, of_data: int | None) -> None:
         )
 
 
-def _devices(mesh: jax.sharding.Mesh) -> str:
-    shape = " x ".join(f"{name}={size}" for name, size in mesh.shape.items() if size > 1)
-    return f"{mesh.size} x {mesh.devices.flat[0].device_kind}{f' ({shape})' if shape else ''}"
+def _devices(placement: Placement, parts: int) -> str:
+    """Number and kind, the shape of the mesh, and what a pipeline stands idle."""
+    mesh = placement.mesh
+    text = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
+    if shape := " x ".join(f"{name}={size}" for name, size in mesh.shape.items() if size > 1):
+        text += f" ({shape})"
+    if (stages := mesh.shape[AXIS]) > 1:
+        schedule = Schedule(stages=stages, parts=parts, interleave=placement.interleave)
+        text += f", {placement.schedule} pipeline of {parts} parts: {schedule.bubble:.0%} bubble"
+    return text
