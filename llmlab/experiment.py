@@ -10,19 +10,25 @@ def config() -> Experiment:
 """
 
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 from llmlab.config import load, load_experiment_file, own_errors
 from llmlab.data import Data
 from llmlab.data.tasks import WAYS
 from llmlab.flags import concrete
 from llmlab.models.config import ModelConfig
+from llmlab.nn.moe import MixtureOfExperts
 from llmlab.objectives import NextToken, Objective
 from llmlab.optim import Optimizer
 from llmlab.sharding.mesh import Mesh
+from llmlab.sharding.pipeline import Schedule
 from llmlab.tokenizers import ByteLevelBPE, Bytes, SentencePiece, SpecialTokens, TokenizerConfig, WordPiece
 from llmlab.training.config import Train
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,14 +146,41 @@ class Experiment:
             sizes = self.mesh.resolve(num_devices)
         except ValueError:
             return []  # told already
+        problems = []
         length, parts = self.train.sequence_length, math.prod(sizes[axis] for axis in self.mesh.table["sequence"])
-        if length is None or length % parts == 0:
-            return []
-        below = length // parts * parts
-        return [
-            f"train.sequence_length={length} is not divisible by mesh.sequence={parts}; use "
-            f"{f'{below} or ' if below else ''}{below + parts}, or another mesh"
-        ]
+        if length is not None and length % parts:
+            below = length // parts * parts
+            problems.append(
+                f"train.sequence_length={length} is not divisible by mesh.sequence={parts}; use "
+                f"{f'{below} or ' if below else ''}{below + parts}, or another mesh"
+            )
+        if sizes["pipeline"] > 1:
+            problems += self._pipeline_problems(sizes["pipeline"])
+        shares = math.prod(sizes[axis] for axis in self.mesh.table["experts"])
+        for experts in sorted({part.num_experts for part in parts_of(self.model, MixtureOfExperts)}):
+            if experts % shares:
+                divisors = [n for n in range(1, experts + 1) if experts % n == 0]
+                problems.append(f"mesh.expert={shares} does not divide num_experts={experts}; use one of {divisors}")
+        return problems
+
+    def _pipeline_problems(self, stages: int) -> list[str]:
+        repeats, chunks = self.model.pipeline_repeats, stages * self.mesh.interleave
+        if repeats == 0:
+            return [
+                f"mesh.pipeline={stages} cannot split model={type(self.model).__name__}, whose layers are no plain "
+                "stack; use mesh.pipeline=1 and another axis, fsdp for instance"
+            ]
+        if chunks > repeats:
+            times = f" x mesh.interleave={self.mesh.interleave}" if self.mesh.interleave > 1 else ""
+            return [
+                f"mesh.pipeline={stages}{times} is more than the {repeats} repeats of the model's layers; use at most "
+                f"{repeats} in all"
+            ]
+        try:
+            Schedule(stages=stages, parts=self.train.accumulation, interleave=self.mesh.interleave)
+        except ValueError as error:
+            return [str(error)]
+        return []
 
 
 def _known_size(tokenizer: TokenizerConfig) -> int | None:
@@ -166,6 +199,18 @@ def _known_special(tokenizer: TokenizerConfig) -> SpecialTokens | None:
         case Bytes() | SentencePiece(path=None) | ByteLevelBPE() | WordPiece():
             return tokenizer.special
     return None
+
+
+def parts_of(config: Any, kind: type[T]) -> Iterator[T]:
+    """All parts of a kind in a tree of configs."""
+    if isinstance(config, kind):
+        yield config
+    if is_dataclass(config):
+        for field in fields(config):
+            yield from parts_of(getattr(config, field.name), kind)
+    elif isinstance(config, tuple):
+        for item in config:
+            yield from parts_of(item, kind)
 
 
 def read_experiment(path: Path) -> Experiment:

@@ -11,12 +11,14 @@ import pytest
 
 from llmlab import cli
 from llmlab.config import config_hash, difference, from_json, save, to_json
-from llmlab.data import Packed, TextFiles, TokenMasking
+from llmlab.data import Packed, StandardLibrary, TextFiles, TokenMasking
 from llmlab.data.tasks import WAYS
 from llmlab.experiment import Experiment, read_experiment
 from llmlab.flags import concrete, entries, parse
-from llmlab.models import bert
+from llmlab.models import bert, llama, reformer
 from llmlab.models.gpt2 import gpt2
+from llmlab.nn.feed_forward import GatedMLP
+from llmlab.nn.moe import MixtureOfExperts
 from llmlab.objectives import MaskedToken, NextToken, Objective
 from llmlab.optim import AdamW, Cosine
 from llmlab.sharding.mesh import Mesh
@@ -100,6 +102,37 @@ def test_a_batch_that_does_not_divide_says_which_sizes_work(
     assert problem.endswith(sizes)
     for size in (int(word) for word in sizes.split() if word.isdigit()):
         assert problems(experiment, num_devices, batch_size=size, accumulation=accumulation) == []
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        (Mesh(data=1, sequence=8), "train.sequence_length=60 is not divisible by mesh.sequence=8; use 56 or 64"),
+        (Mesh(data=1, pipeline=8), "is more than the 2 repeats of the model's layers; use at most 2 in all"),
+        (Mesh(data=4, pipeline=2, interleave=2), "mesh.interleave=2 is more than the 2 repeats"),
+        (Mesh(data=1, expert=8), r"mesh.expert=8 does not divide num_experts=4; use one of \[1, 2, 4\]"),
+    ],
+)
+def test_a_mesh_that_the_model_does_not_admit_is_refused_with_what_would_work(mesh: Mesh, message: str) -> None:
+    experts = MixtureOfExperts(num_experts=4, experts_per_token=1, expert=GatedMLP(hidden_dim=8))
+    model = llama.llama(embed_dim=16, num_layers=2, num_heads=2, hidden_dim=16, vocab_size=512)
+    model = dataclasses.replace(model, pattern=(dataclasses.replace(model.pattern[0], ffn=experts),))
+    experiment = Experiment(
+        model=model,
+        data=Packed(StandardLibrary()),
+        optimizer=AdamW(peak_lr=1e-3),
+        mesh=mesh,
+        train=Train(steps=10, batch_size=8, sequence_length=60),
+    )
+    with pytest.raises(ValueError, match=message):
+        experiment.validate(num_devices=8)
+
+
+def test_a_model_without_a_plain_stack_cannot_be_a_pipeline(experiment: Experiment) -> None:
+    model = reformer.preset("reformer-nano")
+    changed = dataclasses.replace(experiment, model=model, mesh=Mesh(data=4, pipeline=2))
+    [problem] = problems(changed, 8)
+    assert "mesh.pipeline=2 cannot split model=ReversibleTransformer" in problem
 
 
 def test_only_devices_that_share_the_batch_count(experiment: Experiment) -> None:

@@ -87,6 +87,11 @@ class ModelConfig(abc.ABC):
         return ()
 
     @property
+    def pipeline_repeats(self) -> int:
+        """Repeats of its layers that the stages of a pipeline can share; 0 where a pipeline cannot split it."""
+        return 0
+
+    @property
     def num_labels(self) -> int | None:
         """How many classes its head tells apart; None where it has no such head."""
         return None
@@ -194,6 +199,10 @@ class Transformer(ModelConfig):
         super().__post_init__()
         check_stack(self.pattern, self.num_layers, self.embed_dim)
         check_rate("embedding_dropout", self.embedding_dropout)
+
+    @property
+    def pipeline_repeats(self) -> int:
+        return self.num_layers // len(self.pattern)
 
     @property
     def max_length(self) -> int | None:

@@ -99,6 +99,10 @@ class Encoder(ModelConfig):
             raise ValueError("PreTraining reads pooled states and pooler=None makes none; use pooler=Pooler()")
 
     @property
+    def pipeline_repeats(self) -> int:
+        return self.num_layers // len(self.pattern)
+
+    @property
     def max_length(self) -> int | None:
         return None if self.position is None else self.position.max_length
 

@@ -114,6 +114,10 @@ class EncoderDecoder(ModelConfig):
         check_rate("final_dropout", self.final_dropout)
 
     @property
+    def pipeline_repeats(self) -> int:
+        return self.decoder.num_layers // len(self.decoder.pattern)
+
+    @property
     def max_length(self) -> int | None:
         positions = (self.encoder.position, self.decoder.position)
         return min((p.max_length for p in positions if p is not None and p.max_length is not None), default=None)

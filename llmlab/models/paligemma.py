@@ -68,6 +68,10 @@ class PaliGemma(ModelConfig):
             raise ValueError("the vision tower classifies nothing here: set its head=None")
 
     @property
+    def pipeline_repeats(self) -> int:
+        return self.text.pipeline_repeats
+
+    @property
     def max_length(self) -> int | None:
         return self.text.max_length
 

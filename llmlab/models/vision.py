@@ -188,6 +188,10 @@ class VisionTransformer(ModelConfig):
         return self.num_patches + self.class_token
 
     @property
+    def pipeline_repeats(self) -> int:
+        return self.num_layers // len(self.pattern)
+
+    @property
     def max_length(self) -> int | None:
         return None
 

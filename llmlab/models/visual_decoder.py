@@ -72,6 +72,10 @@ class VisualDecoder(ModelConfig):
                 )
 
     @property
+    def pipeline_repeats(self) -> int:
+        return self.num_layers // len(self.pattern)
+
+    @property
     def max_length(self) -> int | None:
         return None
 
