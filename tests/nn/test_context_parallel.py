@@ -223,6 +223,30 @@ def test_it_works_inside_a_map_over_the_pipeline(context: Context) -> None:
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5 * float(jnp.abs(other).max()))
 
 
+@pytest.mark.parametrize("context", ["ring", "all_to_all"])
+def test_it_works_in_a_loop_over_layers_that_are_computed_again(context: Context) -> None:
+    problem = PROBLEMS["causal, documents, T5"]
+    x, _, _ = problem.inputs()
+    weights = jnp.asarray([0.7, 1.3])
+    seeds = jax.random.split(jax.random.key(0), 2)
+
+    def loss(x: jax.Array, weights: jax.Array, bias: Bias | None, kernel: dispatch.Kernel) -> jax.Array:
+        @jax.checkpoint
+        def layer(x: jax.Array, params: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+            k = params[0] * x[:, :, ::2]
+            o = attention(x, k, k, mask=problem.mask, bias=bias, scale=0.5, dropout=0.1, key=params[1], kernel=kernel)
+            return x + o, None
+
+        return jnp.sum(jnp.sin(jax.lax.scan(layer, x, (weights, seeds))[0]))
+
+    gradient = jax.value_and_grad(loss, argnums=(0, 1, 2))
+    with activate(build("data x 2 x tensor", context)):
+        found = jax.jit(partial(gradient, kernel="auto"))(x, weights, problem.bias)
+    wanted = jax.jit(partial(gradient, kernel="reference"))(x, weights, problem.bias)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5 * float(jnp.abs(other).max()))
+
+
 def test_whole_sequences_of_some_heads_run_on_splash() -> None:
     problem = Problem(Causal() & documents(128), num_queries=128, num_keys=128)
     scoring = Scoring(mask=problem.mask, scale=0.5)
@@ -237,7 +261,7 @@ def test_whole_sequences_of_some_heads_run_on_splash() -> None:
 
 def test_a_ring_in_bfloat16_sums_in_float32() -> None:
     """Against the float32 truth it errs no more than the reference in bfloat16 does, however many steps it takes."""
-    problem = replace(PROBLEMS["full"], num_queries=256, num_keys=256)
+    problem = replace(PROBLEMS["full"], num_queries=128, num_keys=128)
     truth = solve(problem, "reference")
     plain = solve(problem, "reference", jnp.bfloat16)
     with activate(build("8", "ring")):
@@ -345,44 +369,42 @@ def test_the_program_of_a_causal_ring_has_half_the_products(monkeypatch: pytest.
     assert causal == 32 * 33 // 2 * each
 
 
-def _compiled(
-    context: Context, mesh: str, length: int, kernel: dispatch.Kernel = "auto", mask: Mask | None = None
-) -> Any:
-    """Forward and backward of one row, optimised."""
-    with activate(build(mesh, context)):
-        shape = (1, length, 8, 16)
-        x = jax.ShapeDtypeStruct(
-            shape, jnp.float32, sharding=active_sharding(shape, "batch", "sequence", "heads", None)
-        )
+@cache
+def compiled(context: Context, mesh: str, kernel: dispatch.Kernel = "auto") -> Any:
+    """Forward and backward of one row of 2,048 tokens, causal, optimised; in blocks of 32, small beside a share."""
+    shape = (1, 2048, 8, 16)
 
-        def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            return jnp.sum(jnp.sin(attention(q, k, v, mask=Causal(), scale=0.25, kernel=kernel)))
+    def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.sin(attention(q, k, v, mask=Causal(), scale=0.25, kernel=kernel)))
 
+    with pytest.MonkeyPatch.context() as patch, activate(build(mesh, context)):
+        patch.setattr(dispatch, "_CPU_BLOCK", 32)
+        placed = active_sharding(shape, "batch", "sequence", "heads", None)
+        x = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=placed)
         return optimised.compiled(jax.grad(loss, argnums=(0, 1, 2)), x, x, x)
 
 
-def _gathered(text: str) -> list[str]:
+def gathered(text: str) -> list[str]:
+    """Float arrays that a program gathers from several devices."""
     return re.findall(r"= (f32\[[\d,]*\]).* all-gather", text)
 
 
 @pytest.mark.parametrize(("context", "has"), [("ring", "collective-permute"), ("all_to_all", "all-to-all")])
 def test_no_device_gathers_all_keys(context: Context, has: str) -> None:
-    text = _compiled(context, "4", 512).as_text()
+    text = compiled(context, "8").as_text()
     assert has in text
-    assert _gathered(text) == []
+    assert gathered(text) == []
 
 
 def test_automatic_partitioning_does_gather_them() -> None:
     """What the test above would see, if it were there: kernel="blockwise" is partitioned by XLA."""
-    assert _gathered(_compiled("ring", "4", 512, "blockwise").as_text())
+    assert gathered(compiled("ring", "8", "blockwise").as_text())
 
 
 @pytest.mark.parametrize("context", ["ring", "all_to_all"])
-def test_memory_falls_with_the_number_of_devices(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_CPU_BLOCK", 32)
-    temporary = [_compiled(context, mesh, 4096).memory_analysis().temp_size_in_bytes for mesh in ("2", "4", "8")]
-    # A block of logits is the same for all.
-    assert temporary[0] > 1.7 * temporary[1] > 1.7 * 1.7 * temporary[2]
+def test_memory_falls_with_the_number_of_devices(context: Context) -> None:
+    two, eight = (compiled(context, mesh).memory_analysis().temp_size_in_bytes for mesh in ("2", "8"))
+    assert two > 3 * eight  # 4 but for a block of logits, which is the same for both
 
 
 def test_heads_that_cannot_be_shared_out_are_an_error_that_names_what_works() -> None:
@@ -453,7 +475,7 @@ print(json.dumps({context: program(context) for context in ("ring", "all_to_all"
 def test_both_compile_for_tpu() -> None:
     result = tpu_compiler.run(TPU)
     assert result["ring"]["kernels"] == 0
-    # The compiler's schedule of the loops over steps, forward and backward: keys leave, blocks are computed, they arrive.
+    # The compiler's schedule of a step, forward and backward: keys leave, blocks are computed, keys arrive.
     assert result["ring"]["behind"] == 2
     assert result["ring"]["collectives"] == ["collective-permute"]
     assert result["all_to_all"]["kernels"] == 3  # splash: forward, gradient of q, gradient of k and v
