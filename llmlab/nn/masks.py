@@ -17,8 +17,9 @@ Rules speak of indices into the sequence (slots), not of positions in a document
 document's first token has index 57, say, and position 0. Causal by index and same segment together are causal by
 position.
 
-A mask is a pytree: its arrays may be traced, its numbers are static. Static structure (`kv_range`) lets a kernel skip
-blocks that no query of a block can see: causal attention does half the work, a window of W does W/T of it.
+A mask is a pytree: its arrays, the rows of the batch in front, may be traced; its numbers are static. Static
+structure (`kv_range`) lets a kernel skip blocks that no query of a block can see: causal attention does half the work,
+a window of W does W/T of it.
 """
 
 import abc

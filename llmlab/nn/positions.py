@@ -283,8 +283,26 @@ class ALiBiBias(Bias):
     slopes: tuple[float, ...] = field(metadata={"static": True})
 
     def block(self, query_index: Index, kv_index: Index) -> Float[Array, "B N S T"]:
+        return SlopeBias(jnp.asarray(self.slopes, jnp.float32)).block(query_index, kv_index)
+
+    def heads(self, first: Int[Array, ""], count: int) -> "SlopeBias":
+        slopes_N = jnp.asarray(self.slopes, jnp.float32)
+        return SlopeBias(jax.lax.dynamic_slice_in_dim(slopes_N, first, count))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SlopeBias(Bias):
+    """-slope |query - key| with slopes that are not known when tracing: those of a device's own heads."""
+
+    slopes_N: Float[Array, "N"]
+
+    def block(self, query_index: Index, kv_index: Index) -> Float[Array, "B N S T"]:
         distance = jnp.abs(_distance(query_index, kv_index)).astype(jnp.float32)
-        return -jnp.asarray(self.slopes, jnp.float32)[:, None, None] * distance[:, None]
+        return -self.slopes_N[:, None, None] * distance[:, None]
+
+    def heads(self, first: Int[Array, ""], count: int) -> "SlopeBias":
+        return SlopeBias(jax.lax.dynamic_slice_in_dim(self.slopes_N, first, count))
 
 
 def alibi_slopes(num_heads: int) -> tuple[float, ...]:
@@ -361,6 +379,9 @@ class T5Bias(Bias):
         reach = self.distance_NR.shape[1] // 2
         column_BST = jnp.clip(_distance(query_index, kv_index), -reach, reach) + reach
         return jnp.moveaxis(self.distance_NR[:, column_BST], 0, 1)
+
+    def heads(self, first: Int[Array, ""], count: int) -> "T5Bias":
+        return T5Bias(jax.lax.dynamic_slice_in_dim(self.distance_NR, first, count))
 
 
 def _distance(query_index: Index, kv_index: Index) -> Int[Array, "B S T"]:

@@ -50,7 +50,7 @@ class Mesh:
     """What fsdp splits (ZeRO): 1 the optimizer's state, 2 gradients too, 3 parameters too."""
     context: Context = "ring"
     """How attention meets keys of other devices where the sequence is split: keys go around in a ring, or heads are
-    exchanged for tokens (all_to_all, at most as many devices as key/value heads)."""
+    exchanged for tokens (all_to_all; sequence must divide the query heads that tensor leaves to a device)."""
     schedule: ScheduleName = "1f1b"
     """Order of a pipeline's work: 1f1b keeps few activations, gpipe recomputes nothing unless execution.remat asks."""
     interleave: int = 1

@@ -83,16 +83,19 @@ class Placement:
     def shard_map(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
         """`function` on every device's share, with collectives by mesh axis; all axes are manual in it.
 
-        It works inside another `shard_map` too, over the axes that that one left. Gradients: a collective is
-        transposed as it stands (psum to psum), so a sum over devices belongs outside of what is differentiated, or
-        into `out_specs`.
+        It works inside another `shard_map` too, over the axes that that one left; where it left none, the result is
+        `function` itself. Gradients: a collective is transposed as it stands (psum to psum), so a sum over devices
+        belongs outside of what is differentiated, or into `out_specs`.
         """
+        axes = set(self.mesh.axis_names) - _manual_axes()
+        if not axes:
+            return function
         return jax.shard_map(
             function,
             mesh=self._mesh_here(),
             in_specs=in_specs,
             out_specs=out_specs,
-            axis_names=set(self.mesh.axis_names) - _manual_axes(),
+            axis_names=axes,
             check_vma=False,  # nested maps and pallas_call do not say how their outputs vary over the mesh
         )
 

@@ -2,7 +2,7 @@
 
 import abc
 
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from llmlab.nn.masks import Index
 
@@ -18,3 +18,7 @@ class Bias(abc.ABC):
             query_index: indices of the queries, (S,) or (B, S).
             kv_index: indices of the keys, (T,) or (B, T).
         """
+
+    @abc.abstractmethod
+    def heads(self, first: Int[Array, ""], count: int) -> "Bias":
+        """The bias of `count` heads from `first` on, for a device that holds no others."""

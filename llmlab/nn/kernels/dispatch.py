@@ -8,8 +8,13 @@
     splash       TPUs                                                        O(S + T)
 
 `auto` decides while tracing, from the platform (see llmlab.nn.platform), the shapes and what the kernels support.
+
+Where the mesh splits the sequence, devices exchange keys or heads (see context.py): with all_to_all, each then runs
+one of these kernels on whole sequences; in a ring, `auto` is a kernel of its own. A kernel that is asked for by name
+under a ring, cached decoding and lengths that do not divide are partitioned by XLA, which gathers keys and values.
 """
 
+from functools import partial
 from typing import Literal, get_args
 
 import jax
@@ -18,6 +23,7 @@ from jaxtyping import Array, Float, Int
 
 from llmlab.nn.kernels.bias import Bias
 from llmlab.nn.kernels.blockwise import blockwise
+from llmlab.nn.kernels.context import by_all_to_all, by_ring, split
 from llmlab.nn.kernels.cudnn import cudnn, cudnn_lacks
 from llmlab.nn.kernels.reference import reference
 from llmlab.nn.kernels.scoring import Scoring
@@ -68,7 +74,8 @@ def attention(
         query_index: index of every query into the keys, for cached decoding; None where query i has index i.
 
     Raises:
-        ValueError: shapes do not fit, or the kernel asked for cannot compute this.
+        ValueError: shapes do not fit, the kernel asked for cannot compute this, or the devices along the sequence do
+            not divide the heads that they are to share out (all_to_all).
     """
     _check_shapes(q_BSNH, k_BTKH)
     seed = None if key is None or dropout == 0.0 else jax.random.bits(key, (2,), jnp.uint32)
@@ -81,6 +88,23 @@ def attention(
         seed=seed,
         query_index=query_index,
     )
+    on_mesh = split(q_BSNH, k_BTKH, scoring)
+    if on_mesh is not None and on_mesh.placement.context == "all_to_all":
+        return by_all_to_all(on_mesh, q_BSNH, k_BTKH, v_BTKH, scoring, local=partial(_computed, kernel=kernel))
+    if on_mesh is not None and kernel == "auto":
+        return by_ring(on_mesh, q_BSNH, k_BTKH, v_BTKH, scoring, block=_block())
+    return _computed(q_BSNH, k_BTKH, v_BTKH, scoring, kernel=kernel)
+
+
+def _computed(
+    q_BSNH: Float[Array, "B S N H"],
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKH: Float[Array, "B T K H"],
+    scoring: Scoring,
+    *,
+    kernel: Kernel,
+) -> Float[Array, "B S N H"]:
+    """Attention by one of the kernels."""
     if kernel == "auto":
         kernel = choose(q_BSNH, k_BTKH, scoring)
     elif reason := lacks(kernel, q_BSNH, k_BTKH, scoring):
@@ -89,7 +113,7 @@ def attention(
         case "reference":
             return reference(q_BSNH, k_BTKH, v_BTKH, scoring)
         case "blockwise":
-            return blockwise(q_BSNH, k_BTKH, v_BTKH, scoring, block=_CPU_BLOCK if platform() == "cpu" else _BLOCK)
+            return blockwise(q_BSNH, k_BTKH, v_BTKH, scoring, block=_block())
         case "unrolled":
             return unrolled(q_BSNH, k_BTKH, v_BTKH, scoring)
         case "cudnn":
@@ -97,6 +121,10 @@ def attention(
         case "splash":
             return splash(q_BSNH, k_BTKH, v_BTKH, scoring)
     raise ValueError(f"kernel={kernel!r} is unknown; use one of {', '.join(get_args(Kernel))}")
+
+
+def _block() -> int:
+    return _CPU_BLOCK if platform() == "cpu" else _BLOCK
 
 
 def lacks(

@@ -39,6 +39,8 @@ class Scoring:
     """Seed of the dropout; None where dropout is 0."""
     query_index: Int[Array, "B S"] | None = None
     """Index of every query into the sequence of keys; None where query i has index i."""
+    number_BN: UInt32[Array, "B N"] | None = None
+    """Number of every row and head, row * heads + head, in the whole batch; None where the arrays are all of it."""
 
     def logits(self, products_BNST: Float[Array, "B N S T"], query: Index, kv: Index) -> Float[Array, "B N S T"]:
         """Logits in float32, whatever the mask says."""
@@ -64,7 +66,8 @@ class Scoring:
             kv: which keys, (T,).
         """
         assert self.seed is not None
-        head = jnp.arange(shape_BNST[0] * shape_BNST[1], dtype=jnp.uint32).reshape(*shape_BNST[:2], 1, 1)
+        head = jnp.arange(shape_BNST[0] * shape_BNST[1], dtype=jnp.uint32).reshape(*shape_BNST[:2])
+        head = (head if self.number_BN is None else self.number_BN)[:, :, None, None]
         row = head * np.uint32(num_queries) + jnp.asarray(query).astype(jnp.uint32)[:, None]
         words = [jnp.broadcast_to(x, shape_BNST) for x in (*self.seed, row, jnp.asarray(kv).astype(jnp.uint32))]
         # The primitive and not jax.random.bits: its counter is ours to choose.
