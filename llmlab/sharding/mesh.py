@@ -78,6 +78,12 @@ class Mesh:
         """Logical axis name to mesh axes, the rows of `rules` in place of the default ones."""
         return {**DEFAULT_RULES, **self.rules}
 
+    @property
+    def num_devices(self) -> int | None:
+        """Devices that the sizes ask for; None where an axis takes what is left."""
+        sizes = self.sizes().values()
+        return None if -1 in sizes else math.prod(sizes)
+
     def sizes(self) -> dict[str, int]:
         """Axis name to size as written, -1 included."""
         return {name: getattr(self, name) for name in AXES}

@@ -1,7 +1,5 @@
 """A mesh changes the speed and nothing else: three steps, dropout included, and evaluations equal one device's."""
 
-import math
-
 import jax
 import numpy as np
 import pytest
@@ -43,15 +41,11 @@ DENSE_PAIRS = {
 }
 
 
-def num_devices(mesh: Mesh) -> int:
-    return math.prod(mesh.sizes().values())
-
-
 @pytest.mark.parametrize("name", ALONE)
 def test_an_axis_alone_equals_one_device(name: str) -> None:
     mesh, case = ALONE[name], CASES["decoder"]
     evaluate = name in ("data", "ring", "interleaved")
-    assert_equal(outcome(program(case, mesh, num_devices(mesh)), case, evaluate=evaluate), on_one_device("decoder"))
+    assert_equal(outcome(program(case, mesh, mesh.num_devices or 1), case, evaluate=evaluate), on_one_device("decoder"))
 
 
 def test_experts_alone_equal_one_device() -> None:
@@ -86,7 +80,7 @@ def test_an_optimizer_with_state_does_not_see_the_layout() -> None:
     optimizer, case = AdamW(peak_lr=1e-1, weight_decay=0.1, epsilon=1.0, schedule=Constant()), CASES["decoder"]
     expected = outcome(program(case, Mesh(), 1, optimizer=optimizer), case)
     for mesh in (Mesh(data=2, fsdp=4), Mesh(data=1, fsdp=2, tensor=2, zero=1)):
-        assert_equal(outcome(program(case, mesh, num_devices(mesh), optimizer=optimizer), case), expected)
+        assert_equal(outcome(program(case, mesh, mesh.num_devices or 1, optimizer=optimizer), case), expected)
 
 
 def test_what_zero_splits() -> None:

@@ -1,0 +1,135 @@
+"""What does the mesh cost?
+
+Claim    The machinery of meshes costs one device less than 2% of a step; eight simulated devices that share a batch add
+         less than 10% to one device's time for the same work.
+Command  python experiments/benchmarks/mesh.py
+Cost     2 minutes on 2 CPU cores
+Result   see results/mesh_cpu.md
+
+Three programs of the same step take turns in one process that has eight simulated CPU devices (the cores are the same
+for all of them):
+
+    plain      no mesh at all: nothing is placed, nothing constrained
+    one        a mesh of one device, as `llmlab train` has it on a laptop
+    eight      data=8: every device has an eighth of the rows, and gradients are summed over them
+
+The shape is that of train_step.py: GPT-2, 6 layers, width 384, 6 heads, vocabulary 8,192, 8 rows of 256 tokens, float32
+AdamW. Ratios are of medians. --mesh changes the third program: --mesh data=1,fsdp=4,tensor=2.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+
+def parse() -> argparse.Namespace:
+    """The flags."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in {"layers": 6, "dim": 384, "heads": 6, "vocab": 8192, "seq": 256, "batch": 8}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--rounds", type=int, default=15, help="steps of each program (15)")
+    parser.add_argument("--accumulation", type=int, default=1, help="parts of the batch, which a pipeline needs (1)")
+    parser.add_argument("--mesh", default="data=8", help="axes of the third program (data=8)")
+    parser.add_argument("--json", action="store_true", help="print a JSON line alone")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Prints the ratios."""
+    args = parse()
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+    import jax
+
+    from llmlab.sharding import Mesh
+
+    axes = {name: int(size) for name, size in (part.split("=") for part in args.mesh.split(","))}
+    many = Mesh(**{"data": 1, **axes})
+    programs = {
+        "plain": plain(args),
+        "one": on_mesh(args, Mesh().build(jax.devices()[:1])),
+        "eight": on_mesh(args, many.build(jax.devices()[: many.num_devices])),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    for number in range(args.rounds + 2):
+        for name, step in programs.items():
+            start = time.perf_counter()
+            step()
+            if number >= 2:  # the first ones compile and warm the caches
+                seconds[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    result = {
+        "milliseconds": {name: round(1e3 * value, 1) for name, value in medians.items()},
+        "fastest": {name: round(1e3 * min(values), 1) for name, values in seconds.items()},
+        "one / plain": round(medians["one"] / medians["plain"], 3),
+        f"{args.mesh} / one": round(medians["eight"] / medians["one"], 3),
+    }
+    print(json.dumps(result) if args.json else "\n".join(f"{name:16} {value}" for name, value in result.items()))
+
+
+def model_and_batch(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """The config and one random batch on the host."""
+    import numpy as np
+
+    from llmlab.models.gpt2 import gpt2
+
+    config = gpt2(
+        embed_dim=args.dim, num_layers=args.layers, num_heads=args.heads, max_length=args.seq, vocab_size=args.vocab
+    )
+    tokens = np.random.default_rng(0).integers(0, args.vocab, (args.batch, args.seq)).astype(np.int32)
+    return config, {"input_ids": tokens, "labels": np.roll(tokens, -1, axis=1)}
+
+
+def plain(args: argparse.Namespace) -> Callable[[], None]:
+    """A step without a mesh."""
+    import jax
+    from flax import nnx
+
+    from llmlab.nn.module import split
+    from llmlab.objectives import NextToken
+    from llmlab.optim import AdamW, Constant
+    from llmlab.training.state import initialise
+    from llmlab.training.step import make_train_step
+
+    config, batch = model_and_batch(args)
+    graphdef, _, axes = config.abstract()
+    optimizer = AdamW(peak_lr=3e-4, schedule=Constant()).build(axes, total_steps=1000)
+    state = initialise(lambda key: split(config.build(nnx.Rngs(params=key)))[1], optimizer, seed=0)
+    step = make_train_step(graphdef, NextToken(), optimizer, accumulation=args.accumulation)
+
+    def run() -> None:
+        nonlocal state
+        state, metrics = step(state, batch)
+        jax.block_until_ready((state, metrics))
+
+    return run
+
+
+def on_mesh(args: argparse.Namespace, placement: Any) -> Callable[[], None]:
+    """A step on a mesh."""
+    import jax
+
+    from llmlab.objectives import NextToken
+    from llmlab.optim import AdamW, Constant
+    from llmlab.training.config import Train
+    from llmlab.training.program import Program
+
+    config, batch = model_and_batch(args)
+    train = Train(steps=1000, batch_size=args.batch, sequence_length=args.seq, accumulation=args.accumulation)
+    program = Program.build(config, NextToken(), AdamW(peak_lr=3e-4, schedule=Constant()), placement, train, batch)
+    state, placed = program.initialise(None), program.place(batch)
+
+    def run() -> None:
+        nonlocal state
+        state, metrics = program.train_step(state, placed)
+        jax.block_until_ready((state, metrics))
+
+    return run
+
+
+if __name__ == "__main__":
+    main()
