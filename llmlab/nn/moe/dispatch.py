@@ -198,7 +198,7 @@ def _exchanged(
         # Groups of devices that exchange nothing with each other have the same number of rounds all the same: a
         # collective in a loop that others have left may wait for them on some networks.
         num_rounds = -(-jax.lax.pmax(who.fullest, by_token) // way.room)
-        y_AD += further_rounds(one, num_rounds, (params, rows_AD), (draw, who))
+        y_AD = jnp.add(y_AD, further_rounds(one, num_rounds, (params, rows_AD), (draw, who)))
     return y_AD
 
 
