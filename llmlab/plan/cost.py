@@ -11,7 +11,9 @@ and a kernel counts what a table says; what is neither known nor in the table is
     scan, map, fori_loop     body x trip count
     while                    the same where the trip count shows, else an error or what the caller says
     cond                     the most expensive branch; of platform_dependent, the platform's branch
-    grouped matmul           the rows there are, and the most that can be computed in vain beside them
+    grouped matmul           the rows there are, and the most that can be computed in vain beside them; on devices
+                             that share the experts out, the rows that their first round of exchange has room for (1.5
+                             times those of even use), and nothing of further rounds, which only uneven use needs
     shard_map                body x devices, so the count is that of the whole program
     remat                    what the backward pass computes again counts again, as it runs again
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.random import threefry2x32_p
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from llmlab.nn.dropout import factor_at
 from llmlab.nn.kernels.bias import Bias
 from llmlab.nn.masks import Index, Mask
 
@@ -56,8 +56,8 @@ class Scoring:
     def kept(self, num_queries: int, shape_BNST: tuple[int, ...], query: Index, kv: Index) -> Float[Array, "B N S T"]:
         """Dropout's factor on a block of weights: 0, or 1 / (1 - dropout).
 
-        One Threefry block (Salmon et al. 2011) of (row, head, query) and key, under the seed. Because the element and
-        not the tile is hashed, all kernels drop the same weights, forward and backward, however the work is cut.
+        The element is (row, head, query) and key (see factor_at), so all kernels drop the same weights, forward and
+        backward, however the work is cut.
 
         Args:
             num_queries: length of the whole sequence of queries.
@@ -69,11 +69,7 @@ class Scoring:
         head = jnp.arange(shape_BNST[0] * shape_BNST[1], dtype=jnp.uint32).reshape(*shape_BNST[:2])
         head = (head if self.number_BN is None else self.number_BN)[:, :, None, None]
         row = head * np.uint32(num_queries) + jnp.asarray(query).astype(jnp.uint32)[:, None]
-        words = [jnp.broadcast_to(x, shape_BNST) for x in (*self.seed, row, jnp.asarray(kv).astype(jnp.uint32))]
-        # The primitive and not jax.random.bits: its counter is ours to choose.
-        bits, _ = threefry2x32_p.bind(*words)
-        keep = 1.0 - self.dropout
-        return jnp.where(bits < np.uint32(keep * 2**32), np.float32(1.0 / keep), np.float32(0.0))
+        return factor_at(self.dropout, self.seed, shape_BNST, row, jnp.asarray(kv))
 
 
 def row_max(logits_BNST: Float[Array, "B N S T"]) -> Float[Array, "B N S 1"]:

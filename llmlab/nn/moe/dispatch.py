@@ -8,13 +8,27 @@ The two directions are inverse gathers: row r of the buffer holds the token of o
 row. So the gradient of one is the other, and nothing is ever scattered (slow on CPUs and TPUs alike), except by Picks,
 where a token can be in as many rows as there are experts.
 
+On a mesh the devices that share the experts out share the tokens too (GShard). What every device has gathered for the
+experts of others goes to them, and the results come back: two exchanges (all-to-all) in the forward pass, two in the
+backward one, of K D numbers a token each, less the share that stays. Places and Picks exchange buffers of a fixed size,
+E C rows for every row of the batch, whatever is in them; XLA makes the exchange of the change of sharding. Dropless
+exchanges the rows there are, in rounds with room for half as many again as even use needs (see exchange.py). Where the
+devices of the experts have no tokens of their own (a batch that does not divide, or experts split over another axis),
+each looks at all tokens with its own experts and the results are summed.
+
+The hidden width may be split as well (tensor): every part makes a partial sum of each token, and these are summed over
+the parts once they are back home, T D numbers instead of the K T D that came.
+
 Shapes: B batch, S sequence, D embed, E experts, K experts per token, C places of an expert, T = B S tokens,
 A = T K (or S K) choices, R rows of a buffer.
 """
 
 import abc
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +36,8 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from llmlab.nn.module import Params, logical_axes, merge, split
-from llmlab.nn.moe.experts import Experts
+from llmlab.nn.moe.exchange import Lane, Plan, further_rounds, lane, move, plan, to_homes, to_owners
+from llmlab.nn.moe.experts import Draw, Experts
 from llmlab.sharding import shard
 from llmlab.sharding.rules import Placement, active_placement, active_sharding
 
@@ -46,9 +61,10 @@ class Dropless(Assignment):
 
     def apply(self, experts: Experts, x_BSD: Float[Array, "B S D"], key: jax.Array | None) -> Float[Array, "B S D"]:
         placement = active_placement()
+        draw = experts.draw(key, jnp.arange(self.expert_BSK.size).reshape(self.expert_BSK.shape))
         if placement is None:
-            return _sorted(experts, x_BSD, self.expert_BSK, self.gate_BSK, key)
-        return _sorted_by_each_device(experts, x_BSD, self.expert_BSK, self.gate_BSK, key, placement)
+            return _sorted(experts.grouped, experts.num_experts, x_BSD, self.expert_BSK, self.gate_BSK, draw)
+        return _sorted_by_each_device(experts, x_BSD, self.expert_BSK, self.gate_BSK, draw, placement)
 
 
 @dataclass(frozen=True)
@@ -66,8 +82,9 @@ class Places(Assignment):
         batch, num_experts, num_places = self.choice_BEC.shape
         k = self.place_BSK.shape[-1]
         choice_BR = self.choice_BEC.reshape(batch, -1)
+        draw = experts.draw(key, _in_batch(self.choice_BEC, self.place_BSK[0].size))
         rows_BRD = jax.vmap(gather_rows)(x_BSD, choice_BR // k, self.place_BSK)
-        y_BRD = _batched(experts, rows_BRD.reshape(batch, num_experts, num_places, -1), key).reshape(rows_BRD.shape)
+        y_BRD = _batched(experts, rows_BRD.reshape(batch, num_experts, num_places, -1), draw).reshape(rows_BRD.shape)
         y_BAD = jax.vmap(gather_rows)(y_BRD, self.place_BSK.reshape(batch, -1), choice_BR[..., None])
         return _weighted(y_BAD.reshape(*self.place_BSK.shape, -1), self.gate_BSK)
 
@@ -88,23 +105,32 @@ class Picks(Assignment):
         def scattered(x_SD: jax.Array, token_EC: jax.Array, y_ECD: jax.Array) -> jax.Array:
             return jnp.zeros(x_SD.shape, jnp.float32).at[token_EC].add(y_ECD, mode="drop")
 
-        y_BECD = _batched(experts, jax.vmap(gathered)(x_BSD, self.token_BEC), key)
+        num_experts = experts.num_experts
+        choice_BEC = self.token_BEC * num_experts + jnp.arange(num_experts)[:, None]
+        draw = experts.draw(key, _in_batch(choice_BEC, x_BSD.shape[1] * num_experts))
+        y_BECD = _batched(experts, jax.vmap(gathered)(x_BSD, self.token_BEC), draw)
         y_BECD = y_BECD.astype(jnp.float32) * self.gate_BEC[..., None]
         return jax.vmap(scattered)(x_BSD, self.token_BEC, y_BECD).astype(x_BSD.dtype)
 
 
+Grouped = Callable[[jax.Array, jax.Array, Draw | None], jax.Array]
+"""What experts make of rows sorted by expert, given how many rows each has."""
+
+
 def _sorted(
-    experts: Experts,
+    grouped: Grouped,
+    num_experts: int,
     x_BSD: Float[Array, "B S D"],
     expert_BSK: Int[Array, "B S K"],
     gate_BSK: Float[Array, "B S K"],
-    key: jax.Array | None,
+    draw: Draw | None,
 ) -> Float[Array, "B S D"]:
     k = expert_BSK.shape[-1]
-    groups = group(expert_BSK.reshape(-1), experts.num_experts)
+    groups = group(expert_BSK.reshape(-1), num_experts)
     x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
     rows_AD = gather_rows(x_TD, groups.order_A // k, groups.inverse_A.reshape(-1, k))
-    y_AD = experts.grouped(rows_AD, groups.sizes_E, key)
+    draw = None if draw is None else draw._replace(choice=draw.choice.reshape(-1)[groups.order_A])
+    y_AD = grouped(rows_AD, groups.sizes_E, draw)
     y_AD = gather_rows(y_AD, groups.inverse_A, groups.order_A[:, None])
     return _weighted(y_AD.reshape(*expert_BSK.shape, -1), gate_BSK)
 
@@ -114,11 +140,10 @@ def _sorted_by_each_device(
     x_BSD: Float[Array, "B S D"],
     expert_BSK: Int[Array, "B S K"],
     gate_BSK: Float[Array, "B S K"],
-    key: jax.Array | None,
+    draw: Draw | None,
     placement: Placement,
 ) -> Float[Array, "B S D"]:
-    """As `_sorted`, on a mesh: every device sorts its own tokens (XLA would sort those of all devices together), lets
-    its own experts, and its own part of their hidden width, look at them, and the parts are summed."""
+    """As `_sorted`, on a mesh: every device sorts its own tokens (XLA would sort those of all devices together)."""
     graphdef, params = split(experts)
     axes = logical_axes(experts)
     specs = {
@@ -126,28 +151,71 @@ def _sorted_by_each_device(
         for layer, leaves in params.items()
     }
     by_expert, _, by_width = (_mesh_axes(entry) for entry in specs["up"]["kernel"])
-    # every expert's device sees the tokens of all of them
-    tokens = _without(placement.spec(("batch", "sequence", None), x_BSD.shape), by_expert)
+    tokens = placement.spec(("batch", "sequence", None), x_BSD.shape)
     by_token = sum((_mesh_axes(entry) for entry in tokens), ())
+    exchanged = bool(by_expert) and set(by_expert) <= set(by_token)
+    if not exchanged:
+        tokens = _without(tokens, by_expert)
+    num_experts = experts.num_experts
 
-    def run(
-        params: Params, x_BSD: jax.Array, expert_BSK: jax.Array, gate_BSK: jax.Array, key: jax.Array | None
-    ) -> jax.Array:
+    def run(params: Params, x: jax.Array, expert: jax.Array, gate: jax.Array, draw: Any) -> jax.Array:
         if "bias" in params["down"]:  # every part of the width would add it
             down = params["down"] | {"bias": params["down"]["bias"] / jax.lax.axis_size(by_width)}
             params = params | {"down": down}
+        draw = None if draw is None else Draw(*draw)
+        if exchanged:
+            there = partial(_exchanged, graphdef, params, by_expert, by_token, expert.shape)
+            return _total(_sorted(there, num_experts, x, expert, gate, draw), by_width)
         mine = merge(graphdef, params)
         first = jax.lax.axis_index(by_expert) * mine.num_experts if by_expert else 0
-        is_mine = (expert_BSK >= first) & (expert_BSK < first + mine.num_experts)
-        if key is not None and (used := (*by_token, *by_expert, *by_width)):
-            key = jax.random.fold_in(key, jax.lax.axis_index(used))
-        y_BSD = _sorted(mine, x_BSD, jnp.where(is_mine, expert_BSK - first, mine.num_experts), gate_BSK, key)
-        # float32: a sum of parts rounded to bfloat16 would depend on their number
-        return jax.lax.psum(y_BSD.astype(jnp.float32), (*by_expert, *by_width)).astype(x_BSD.dtype)
+        is_mine = (expert >= first) & (expert < first + mine.num_experts)
+        expert = jnp.where(is_mine, expert - first, mine.num_experts)
+        return _total(_sorted(mine.grouped, mine.num_experts, x, expert, gate, draw), (*by_expert, *by_width))
 
-    return placement.shard_map(run, in_specs=(specs, tokens, tokens, tokens, PartitionSpec()), out_specs=tokens)(
-        params, x_BSD, expert_BSK, gate_BSK, key
+    of_draw = None if draw is None else (PartitionSpec(), tokens, PartitionSpec(by_width))
+    return placement.shard_map(run, in_specs=(specs, tokens, tokens, tokens, of_draw), out_specs=tokens)(
+        params, x_BSD, expert_BSK, gate_BSK, None if draw is None else tuple(draw)
     )
+
+
+def _exchanged(
+    graphdef: Any,
+    params: Params,
+    by_expert: tuple[str, ...],
+    by_token: tuple[str, ...],
+    shape_BSK: tuple[int, ...],
+    rows_AD: Float[Array, "A D"],
+    sizes_E: Int[Array, "E"],
+    draw: Draw | None,
+) -> Float[Array, "A D"]:
+    """What the owners of the experts make of a device's rows, inside a `shard_map`."""
+    (*tokens, k), num_devices = shape_BSK, jax.lax.axis_size(by_expert)
+    way = lane(by_expert, num_devices, sizes_E.shape[0], math.prod(tokens), k)
+    who = plan(sizes_E, by_expert)
+    one = partial(_round, graphdef, way)
+    y_AD = one(jnp.zeros((), jnp.int32), (params, rows_AD), (draw, who))
+    if way.room < num_devices * way.pair:
+        # Groups of devices that exchange nothing with each other have the same number of rounds all the same: a
+        # collective in a loop that others have left may wait for them on some networks.
+        num_rounds = -(-jax.lax.pmax(who.fullest, by_token) // way.room)
+        y_AD = jnp.add(y_AD, further_rounds(one, num_rounds, (params, rows_AD), (draw, who)))
+    return y_AD
+
+
+def _round(graphdef: Any, way: Lane, number: jax.Array, numbers: Any, rest: Any) -> Float[Array, "A D"]:
+    """The results of the choices whose rows the owners have room for in this round, zeros for the others."""
+    (params, rows_AD), (draw, who) = numbers, rest
+    now: Plan = who.round(number * way.room, way.room)
+    if draw is not None:
+        draw = draw._replace(choice=move(way, way.room, draw.choice[:, None], now.home, now.owned)[:, 0])
+    rows_CD = to_owners(way, rows_AD, now.home, now.owned)
+    y_CD = merge(graphdef, params).grouped(rows_CD, jnp.diff(now.ends_E, prepend=0), draw)
+    return to_homes(way, y_CD, now.home, now.owned)
+
+
+def _total(y_BSD: Float[Array, "B S D"], axes: tuple[str, ...]) -> Float[Array, "B S D"]:
+    """Sum of the parts of several devices, in float32: in bfloat16 it would depend on their number."""
+    return jax.lax.psum(y_BSD.astype(jnp.float32), axes).astype(y_BSD.dtype)
 
 
 def _spec(leaf: jax.Array, names: tuple[str, ...]) -> PartitionSpec:
@@ -167,11 +235,19 @@ def _without(spec: PartitionSpec, axes: tuple[str, ...]) -> PartitionSpec:
     return PartitionSpec(*(tuple(axis for axis in _mesh_axes(entry) if axis not in axes) for entry in spec))
 
 
-def _batched(experts: Experts, rows_BECD: Float[Array, "B E C D"], key: jax.Array | None) -> Float[Array, "B E C D"]:
-    batch, num_experts, num_places, dim = rows_BECD.shape
-    x_EBCD = shard(rows_BECD.swapaxes(0, 1), "experts", "batch", None, None)
-    y_END = experts.batched(x_EBCD.reshape(num_experts, -1, dim), key)
-    return shard(y_END.reshape(num_experts, batch, num_places, dim), "experts", "batch", None, None).swapaxes(0, 1)
+def _batched(experts: Experts, rows_BECD: Float[Array, "B E C D"], draw: Draw | None) -> Float[Array, "B E C D"]:
+    # Both ends of the exchange are named, or XLA adds up parts of all rows instead. The devices that share the tokens
+    # of a row share the places.
+    rows_BECD = shard(rows_BECD, "batch", None, "sequence", None)
+    x_EBCD = shard(rows_BECD.swapaxes(0, 1), "experts", "batch", "sequence", None)
+    draw = None if draw is None else draw._replace(choice=draw.choice.swapaxes(0, 1))
+    y_EBCD = shard(experts.batched(x_EBCD, draw), "experts", "batch", "sequence", None)
+    return shard(y_EBCD.swapaxes(0, 1), "batch", None, "sequence", None)
+
+
+def _in_batch(choice_BEC: Int[Array, "B E C"], per_row: int) -> Int[Array, "B E C"]:
+    """Numbers in the batch of choices that are numbered in their row, of which each has so many."""
+    return choice_BEC + per_row * jnp.arange(choice_BEC.shape[0])[:, None, None]
 
 
 def _weighted(y_BSKD: Float[Array, "B S K D"], gate_BSK: Float[Array, "B S K"]) -> Float[Array, "B S D"]:

@@ -1,23 +1,38 @@
 """The experts themselves: as many MLPs of one shape, their matrices stacked.
 
 They are applied to rows sorted by expert (grouped matmul), or to the same number of rows for each (batched matmul).
+Which hidden units are dropped is a function of what an element is, the choice and the unit, not of where its row stands
+or on which device: every dispatch and every mesh drops the same.
 
-Shapes: E experts, D embed, F hidden, R rows sorted by expert, N rows of one expert.
+Shapes: E experts, D embed, F hidden, R rows sorted by expert, B C rows of one expert.
 """
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
 
-from llmlab.nn.dropout import dropout
+from llmlab.nn.dropout import factor_at
 from llmlab.nn.feed_forward import ACTIVATIONS, MLP, GatedMLP
 from llmlab.nn.moe.grouped import grouped_matmul
 
 Apply = Callable[["StackedDense", jax.Array], jax.Array]
+
+
+class Draw(NamedTuple):
+    """Dropout of hidden units."""
+
+    seed: UInt32[Array, "2"]
+    """Of the layer and the step."""
+    choice: Int[Array, "..."]
+    """Number of every row's choice in the batch: token t's k-th is t K + k, and e takes k's place where experts choose.
+    Of the rows' shape."""
+    unit_F: Int[Array, "F"]
+    """Number of the hidden units."""
 
 
 class StackedDense(nnx.Module):
@@ -46,10 +61,10 @@ class StackedDense(nnx.Module):
         expert_R = jnp.searchsorted(jnp.cumsum(sizes_E), jnp.arange(x_RD.shape[0]), side="right")
         return y_RF + jnp.take(self.bias[...], expert_R, axis=0, mode="fill", fill_value=0)
 
-    def batched(self, x_END: Float[Array, "E N D"]) -> Float[Array, "E N F"]:
+    def batched(self, x_EBCD: Float[Array, "E B C D"]) -> Float[Array, "E B C F"]:
         """Of the same number of rows for every expert."""
-        y_ENF = jnp.einsum("end,edf->enf", x_END, self.kernel[...])
-        return y_ENF if self.bias is None else y_ENF + self.bias[...][:, None]
+        y_EBCF = jnp.einsum("ebcd,edf->ebcf", x_EBCD, self.kernel[...])
+        return y_EBCF if self.bias is None else y_EBCF + self.bias[...][:, None, None]
 
 
 class Experts(nnx.Module):
@@ -70,18 +85,27 @@ class Experts(nnx.Module):
         """How many there are here: on a mesh, of this device."""
         return self.up.kernel.shape[0]
 
+    def draw(self, key: jax.Array | None, choice: Int[Array, "..."]) -> Draw | None:
+        """Dropout by this key; None where there is none."""
+        if key is None or self.dropout == 0.0:
+            return None
+        return Draw(jax.random.bits(key, (2,), jnp.uint32), choice, jnp.arange(self.up.kernel.shape[2]))
+
     def grouped(
-        self, x_RD: Float[Array, "R D"], sizes_E: Int[Array, "E"], key: jax.Array | None = None
+        self, x_RD: Float[Array, "R D"], sizes_E: Int[Array, "E"], draw: Draw | None = None
     ) -> Float[Array, "R D"]:
         """Of rows sorted by expert; those beyond the groups give zeros."""
-        return self._mlp(x_RD, lambda dense, x: dense.grouped(x, sizes_E), key)
+        return self._mlp(x_RD, lambda dense, x: dense.grouped(x, sizes_E), draw)
 
-    def batched(self, x_END: Float[Array, "E N D"], key: jax.Array | None = None) -> Float[Array, "E N D"]:
+    def batched(self, x_EBCD: Float[Array, "E B C D"], draw: Draw | None = None) -> Float[Array, "E B C D"]:
         """Of the same number of rows for every expert."""
-        return self._mlp(x_END, lambda dense, x: dense.batched(x), key)
+        return self._mlp(x_EBCD, lambda dense, x: dense.batched(x), draw)
 
-    def _mlp(self, x: jax.Array, apply: Apply, key: jax.Array | None) -> jax.Array:
+    def _mlp(self, x: jax.Array, apply: Apply, draw: Draw | None) -> jax.Array:
         act = ACTIVATIONS[self.activation]
         h = apply(self.up, x)
         h = act(h) if self.gate is None else act(apply(self.gate, x)) * h
-        return apply(self.down, dropout(h, self.dropout, key))
+        if draw is not None:
+            factor = factor_at(self.dropout, draw.seed, h.shape, draw.choice[..., None], draw.unit_F)
+            h = (h * factor).astype(h.dtype)  # in float32: bfloat16 rounds 1 / 0.9 to 1.109
+        return apply(self.down, h)

@@ -14,6 +14,7 @@ every token needs. The router's z-loss (ST-MoE, Zoph et al. 2022, 2202.08906, eq
 input by uniform noise in [1 - jitter, 1 + jitter] in training, to try experts that are nearly chosen.
 """
 
+import math
 from dataclasses import dataclass
 
 import jax
@@ -28,6 +29,7 @@ from llmlab.nn.feed_forward import MLP, GatedMLP
 from llmlab.nn.moe.experts import Experts
 from llmlab.nn.moe.routing import Router, TopK
 from llmlab.sharding import shard
+from llmlab.sharding.rules import active_placement
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +89,7 @@ class MixtureOfExpertsLayer(nnx.Module):
     def __call__(
         self, x_BSD: Float[Array, "B S D"], context: Context | None = None, key: jax.Array | None = None
     ) -> tuple[Float[Array, "B S D"], Auxiliary]:
+        _check_division(self.config.num_experts)
         key_jitter, key_experts, key_shared = split_key(key, 3)
         valid_BS = None if context is None else context.valid
         if valid_BS is None:
@@ -111,3 +114,19 @@ class MixtureOfExpertsLayer(nnx.Module):
             x_BSD = x_BSD * jax.random.uniform(key, x_BSD.shape, jnp.float32, 1.0 - jitter, 1.0 + jitter)
         kernel_DE = self.router.kernel[...].astype(jnp.float32)
         return shard(jnp.einsum("bsd,de->bse", x_BSD, kernel_DE), "batch", "sequence", None)
+
+
+def _check_division(num_experts: int) -> None:
+    """Raise ValueError unless every device of the active mesh can own as many experts."""
+    placement = active_placement()
+    if placement is None:
+        return
+    axes = tuple(axis for axis in placement.rules.get("experts", ()) if placement.sizes[axis] > 1)
+    parts = math.prod(placement.sizes[axis] for axis in axes)
+    if num_experts % parts:
+        divisors = ", ".join(str(d) for d in range(1, num_experts + 1) if num_experts % d == 0)
+        raise ValueError(
+            f"num_experts={num_experts} is not divisible by the {parts} devices of mesh axis {' x '.join(axes)}; use "
+            f"{divisors} devices, or {parts * max(1, num_experts // parts)} or {parts * (num_experts // parts + 1)} "
+            "experts"
+        )

@@ -37,6 +37,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from llmlab.nn.config import Auxiliary
 from llmlab.nn.moe.dispatch import Assignment, Dropless, Picks, Places, place
+from llmlab.sharding.rules import active_placement
 
 Routed = tuple[Assignment, Auxiliary]
 
@@ -129,7 +130,7 @@ class TopK(Router):
     def route(self, logits_BSE: Float[Array, "B S E"], experts_per_token: int, valid_BS: Bool[Array, "B S"]) -> Routed:
         num_experts = logits_BSE.shape[-1]
         score_BSE = jax.nn.softmax(logits_BSE) if self.score == "softmax" else jax.nn.sigmoid(logits_BSE)
-        gate_BSK, expert_BSK = jax.lax.top_k(score_BSE, experts_per_token)
+        gate_BSK, expert_BSK = _top_k(score_BSE, experts_per_token, "batch", "sequence")
         expert_BSK = jnp.where(valid_BS[..., None], expert_BSK, num_experts)  # padding: none
         score_BSE = score_BSE / jnp.sum(score_BSE, axis=-1, keepdims=True)
         report = {
@@ -158,7 +159,7 @@ class ExpertChoice(Router):
         _, length, num_experts = logits_BSE.shape
         limits = _limits(experts_per_token / num_experts, length)
         score_BSE = jnp.where(valid_BS[..., None], jax.nn.softmax(logits_BSE), -1.0)
-        gate_BEC, token_BEC = jax.lax.top_k(score_BSE.swapaxes(1, 2), int(limits[-1]))
+        gate_BEC, token_BEC = _top_k(score_BSE.swapaxes(1, 2), int(limits[-1]), "batch", None)
         taken_BEC = jnp.arange(limits[-1]) < jnp.asarray(limits)[jnp.sum(valid_BS, axis=1)][:, None, None]
         token_BEC = jnp.where(taken_BEC, token_BEC, length)
         chosen_BS = jnp.any(token_BEC[..., None] == jnp.arange(length), axis=(1, 2))
@@ -167,6 +168,23 @@ class ExpertChoice(Router):
             "router_score": jnp.sum(jnp.maximum(score_BSE, 0.0), axis=(0, 1)),
             "router_dropped": jnp.sum(valid_BS & ~chosen_BS, dtype=jnp.float32),
         }
+
+
+def _top_k(
+    score_BNM: Float[Array, "B N M"], k: int, *names: str | None
+) -> tuple[Float[Array, "B N K"], Int[Array, "B N K"]]:
+    """The k largest of the last dimension and their places, by each device of its own; the others' names are given.
+
+    XLA would gather the scores of all devices on each.
+    """
+    placement = active_placement()
+    if placement is None:
+        largest, place = jax.lax.top_k(score_BNM, k)
+        return largest, place
+    own = placement.spec((*names, None), score_BNM.shape)
+    places = placement.shard_map(lambda x: jax.lax.top_k(x, k)[1], in_specs=(own,), out_specs=own)
+    place = places(jax.lax.stop_gradient(score_BNM))
+    return jnp.take_along_axis(score_BNM, place, axis=-1), place
 
 
 def _limits(share: float, length: int) -> np.ndarray:
