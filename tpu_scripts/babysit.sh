@@ -41,7 +41,7 @@ ANSWER=""        # what the workers printed
 VERDICT=""       # what look_at_job made of it
 WORST=0          # the exit code that counts
 
-log() { say "$(date +%H:%M:%S) $*"; }
+log() { printf '%(%T)T %s\n' -1 "$*" >&2; }
 
 # Ends with exit code $1 and says what is left behind.
 finish() {
@@ -348,6 +348,7 @@ main() {
   require_location
   require ACCELERATOR_TYPE RUNTIME_VERSION
   require_number SLICES MAX_RESTARTS MAX_ERRORS
+  require_poll
   require_experiment
   if [[ $OUT != gs://* ]]; then
     usage_error "--out $(quoted "$OUT") is lost with the TPU; babysitting needs a bucket: --out gs://..."

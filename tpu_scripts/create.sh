@@ -51,6 +51,7 @@ main() {
   require_location
   require ACCELERATOR_TYPE RUNTIME_VERSION
   require_number SLICES MAX_ERRORS
+  require_poll
   dry_run || trap interrupted INT TERM
   create_resource || fail "gcloud did not accept the request (its message is above); nothing was created"
   if on wait; then

@@ -17,16 +17,24 @@ declare -A VALUES=()
 
 # A YAML (and JSON) string: in double quotes, with everything that has a meaning there escaped.
 yaml_string() {
-  local text="$1" backslash=$'\\' control='[[:cntrl:]]'
+  local text="$1" backslash=$'\\'
   text="${text//"$backslash"/"$backslash$backslash"}"
   text="${text//\"/"$backslash\""}"
   text="${text//$'\n'/"${backslash}n"}"
   text="${text//$'\t'/"${backslash}t"}"
   text="${text//$'\r'/"${backslash}r"}"
-  if [[ $text =~ $control ]]; then
-    usage_error "$(printf '%q' "$1") has a control character, which a manifest cannot carry"
-  fi
   printf '"%s"' "$text"
+}
+
+# Refuses words with control characters other than those that yaml_string escapes.
+require_printable() {
+  local word control='[[:cntrl:]]'
+  for word in "$@"; do
+    word="${word//[$'\n\t\r']/}"
+    if [[ $word =~ $control ]]; then
+      usage_error "$(printf '%q' "$word") has a control character, which a manifest cannot carry"
+    fi
+  done
 }
 
 # The words as a YAML flow sequence of strings.
@@ -94,6 +102,7 @@ submit() {
   require IMAGE
   require_number SLICES MAX_RESTARTS GRACE_SECONDS GKE_CHIPS_PER_HOST
   require_experiment
+  require_printable "${REST[@]}" "${CONFIG[@]}"
   fill_values
   manifest="$(render)"
   if dry_run; then

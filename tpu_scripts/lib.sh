@@ -108,12 +108,13 @@ scratch() {
 
 # Sleeps $1 poll intervals. In the background, because bash runs a trap only after the foreground command has ended.
 pause() {
-  local seconds
-  seconds="$(awk -v poll="${CONFIG[POLL_SECONDS]}" -v times="${1:-1}" 'BEGIN { print poll * times }')"
-  sleep "$seconds" &
-  SLEEPING=$!
-  wait "$SLEEPING" || true
-  SLEEPING=""
+  local left="${1:-1}"
+  for ((; left > 0; left--)); do
+    sleep "${CONFIG[POLL_SECONDS]}" &
+    SLEEPING=$!
+    wait "$SLEEPING" || true
+    SLEEPING=""
+  done
 }
 SLEEPING=""
 
@@ -262,6 +263,12 @@ require_number() {
       usage_error "LLMLAB_$key=${CONFIG[$key]} is not a whole number"
     fi
   done
+}
+
+require_poll() {
+  if [[ ! ${CONFIG[POLL_SECONDS]} =~ ^[0-9]*\.?[0-9]+$ ]]; then
+    usage_error "LLMLAB_POLL_SECONDS=${CONFIG[POLL_SECONDS]} is not a number of seconds"
+  fi
 }
 
 # Completes REST to the arguments of `llmlab train` and sets OUT. Without --out the run goes to BUCKET/NAME.

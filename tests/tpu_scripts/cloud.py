@@ -124,7 +124,9 @@ def _step(call: list[str]) -> str | None:
         return None
     if call[4] in ("create", "delete"):
         return call[4]
-    found = re.search(r"^bash llmlab-worker.sh (setup|start|stop) ", option(call, "--command")) if "ssh" in call else None
+    found = (
+        re.search(r"^bash llmlab-worker.sh (setup|start|stop) ", option(call, "--command")) if "ssh" in call else None
+    )
     return found.group(1) if found else None
 
 

@@ -101,7 +101,9 @@ def test_setup_uploads_the_working_directory_as_git_sees_it(cloud: Cloud):
     (source / "gone.py").unlink()
     keep = cloud.directory / "bin" / "gcloud"  # the archive is a temporary file: keep what scp is given
     keep.write_text(
-        keep.read_text().replace("[[ -d ", '[[ $6 != *.tar.gz ]] || cp "$5" "$FAKE/sent"\n[[ -d ', 1).replace("$6", "$5")
+        keep.read_text()
+        .replace("[[ -d ", '[[ $6 != *.tar.gz ]] || cp "$5" "$FAKE/sent"\n[[ -d ', 1)
+        .replace("$6", "$5")
     )
     assert cloud.run("setup.sh", "nano", REPOSITORY="", SOURCE=str(source)).returncode == 0
     with tarfile.open(cloud.fake / "sent") as archive:
