@@ -1,4 +1,4 @@
-"""A cloud that exists only on PATH: fake command-line tools that record what they were told and answer from a script."""
+"""A cloud that exists only on PATH: fake tools that record what they were told and answer what a test has scripted."""
 
 import os
 import re
@@ -124,9 +124,8 @@ def _step(call: list[str]) -> str | None:
         return None
     if call[4] in ("create", "delete"):
         return call[4]
-    found = (
-        re.search(r"^bash llmlab-worker.sh (setup|start|stop) ", option(call, "--command")) if "ssh" in call else None
-    )
+    command = option(call, "--command") if "--command" in call else ""
+    found = re.search(r"^bash llmlab-worker.sh (setup|start|stop) ", command)
     return found.group(1) if found else None
 
 

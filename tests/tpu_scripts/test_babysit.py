@@ -32,9 +32,9 @@ def test_from_nothing_to_done(cloud: Cloud):
     assert "the training is done: gs://bucket/runs/nano" in result.stderr
     assert "exists (ACTIVE) and is kept" in result.stderr  # unless asked, nothing is deleted
     created = next(call for call in cloud.calls() if "create" in call)
-    assert created == ["gcloud", "compute", "tpus", "queued-resources", "create", "nano"] + [
-        *["--accelerator-type", "v6e-16", "--runtime-version", "v2-alpha-tpuv6e", "--node-id", "nano", "--spot"],
-        *["--labels", "llmlab_run=nano", *ZONE],
+    assert created[4:] == [
+        *["create", "nano", "--accelerator-type", "v6e-16", "--runtime-version", "v2-alpha-tpuv6e"],
+        *["--node-id", "nano", "--spot", "--labels", "llmlab_run=nano", *ZONE],
     ]
 
 
@@ -195,8 +195,9 @@ def test_a_job_of_another_command_is_left_alone(cloud: Cloud):
     assert cloud.steps() == ["start"]
 
 
-def test_a_resource_of_somebody_else_is_left_alone(cloud: Cloud):
-    cloud.answer("describe", "SUSPENDED\tother")
+@pytest.mark.parametrize("described", ["SUSPENDED\tother", "WAITING_FOR_RESOURCES\tother", "ACTIVE"])
+def test_a_resource_of_somebody_else_is_left_alone(cloud: Cloud, described: str):
+    cloud.answer("describe", described)
     result = cloud.run("babysit.sh", "--delete-on-exit", *RUN)
     assert result.returncode == 2
     assert cloud.steps() == []

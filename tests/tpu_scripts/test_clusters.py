@@ -25,7 +25,8 @@ def test_xpk_submits_a_workload_that_restarts_after_42(cloud: Cloud):
     settings = {"CLUSTER": "pool", "IMAGE": "registry/llmlab", "SLICES": "2", "PROJECT": "lab"}
     assert cloud.run("xpk.sh", *RUN, **settings).returncode == 0
     (call,) = cloud.calls()
-    assert call[:-1] == ["xpk", "workload", "create", "--workload", "nano", "--cluster", "pool", *ZONE] + [
+    assert call[:-1] == [
+        *["xpk", "workload", "create", "--workload", "nano", "--cluster", "pool", *ZONE],
         *["--project", "lab", "--tpu-type", "v6e-16", "--num-slices", "2", "--docker-image", "registry/llmlab"],
         *["--max-restarts", "10", "--termination-grace-period-seconds", "120", "--command"],
     ]
@@ -183,16 +184,7 @@ def test_slurm_submits_one_task_per_gpu(cloud: Cloud):
     assert cloud.run("slurm.sh", *RUN, **settings).returncode == 0
     (call,) = cloud.calls()
     assert call == [
-        "sbatch",
-        "--job-name",
-        "nano",
-        "--nodes",
-        "2",
-        "--gpus-per-node",
-        "4",
-        "--ntasks-per-node",
-        "4",
-    ] + [
+        *["sbatch", "--job-name", "nano", "--nodes", "2", "--gpus-per-node", "4", "--ntasks-per-node", "4"],
         *["--cpus-per-task", "8", "--time", "24:00:00", "--output", "slurm-logs/%x-%j.out"],
         *["--export", "ALL,LLMLAB_MAX_RESTARTS=10", "--partition", "gpu", "--account", "lab"],
         *[str(SCRIPTS / "slurm" / "train.sbatch"), *TRAIN],

@@ -83,10 +83,10 @@ def test_ctrl_c_before_anything_exists_says_so(cloud: Cloud):
 
 def test_setup_clones_on_all_workers(cloud: Cloud):
     assert cloud.run("setup.sh", "nano", REVISION="a branch$").returncode == 0
+    clone = "bash llmlab-worker.sh setup clone https://example.org/llmlab.git 'a branch$'"
     assert cloud.calls() == [
         [*QUEUED, "scp", str(SCRIPTS / "worker.sh"), "nano:llmlab-worker.sh", *EVERY_WORKER, *ZONE],
-        [*QUEUED, "ssh", "nano", *EVERY_WORKER, "--command"]
-        + ["bash llmlab-worker.sh setup clone https://example.org/llmlab.git 'a branch$'", *ZONE],
+        [*QUEUED, "ssh", "nano", *EVERY_WORKER, "--command", clone, *ZONE],
     ]
 
 
@@ -99,12 +99,9 @@ def test_setup_uploads_the_working_directory_as_git_sees_it(cloud: Cloud):
         (source / name).write_text(name)
     subprocess.run(["git", "-C", str(source), "add", "gone.py"], check=True)
     (source / "gone.py").unlink()
-    keep = cloud.directory / "bin" / "gcloud"  # the archive is a temporary file: keep what scp is given
-    keep.write_text(
-        keep.read_text()
-        .replace("[[ -d ", '[[ $6 != *.tar.gz ]] || cp "$5" "$FAKE/sent"\n[[ -d ', 1)
-        .replace("$6", "$5")
-    )
+    gcloud = cloud.directory / "bin" / "gcloud"  # the archive is a temporary file: keep what scp is given
+    keep = '[[ ${5:-} != *.tar.gz ]] || cp "$5" "$FAKE/sent"\n'
+    gcloud.write_text(gcloud.read_text().replace("[[ -d ", f"{keep}[[ -d ", 1))
     assert cloud.run("setup.sh", "nano", REPOSITORY="", SOURCE=str(source)).returncode == 0
     with tarfile.open(cloud.fake / "sent") as archive:
         assert sorted(archive.getnames()) == ["./.gitignore", "./a b$c.py"]

@@ -142,13 +142,17 @@ def test_setup_installs_a_clone_and_an_upload_with_a_python_that_is_new_enough(w
         subprocess.run([*git, *words], check=True)
     binaries = tmp_path / "python"
     binaries.mkdir()
-    fake_pip = (
-        'mkdir -p llmlab-venv/bin; printf "#!/bin/sh\\necho pip \\"\\$@\\" >>\\"$HOME/log\\"\\n" >llmlab-venv/bin/pip'
-    )
     python = binaries / "python3.12"
     python.write_text(
-        f'#!/usr/bin/env bash\n[[ $1 == -m ]] || exit 0\necho "$@" >>"$HOME/log"\n{fake_pip}\n'
-        "cp llmlab-venv/bin/pip llmlab-venv/bin/python; chmod +x llmlab-venv/bin/*\n"
+        "#!/usr/bin/env bash\n"
+        "[[ $1 == -m ]] || exit 0\n"
+        'echo "$@" >>"$HOME/log"\n'
+        "mkdir -p llmlab-venv/bin\n"
+        "cat >llmlab-venv/bin/pip <<'PIP'\n"
+        '#!/bin/sh\necho pip "$@" >>"$HOME/log"\n'
+        "PIP\n"
+        "cp llmlab-venv/bin/pip llmlab-venv/bin/python\n"
+        "chmod +x llmlab-venv/bin/*\n"
     )
     python.chmod(0o755)
     command = shlex.join(["bash", "llmlab-worker.sh", "setup", "clone", str(source), "main"])
@@ -156,10 +160,8 @@ def test_setup_installs_a_clone_and_an_upload_with_a_python_that_is_new_enough(w
     assert result.returncode == 0, result.stderr
     subprocess.run([*git, "commit", "--quiet", "--allow-empty", "-m", "second"], check=True)
     assert worker.shell(command).returncode == 0  # again: the new commit, the same environment
-    head = subprocess.run(
-        ["git", "-C", str(worker.home / "llmlab"), "log", "--format=%s"], capture_output=True, text=True
-    )
-    assert head.stdout == "second\nfirst\n"
+    history = subprocess.check_output(["git", "-C", str(worker.home / "llmlab"), "log", "--format=%s"], text=True)
+    assert history == "second\nfirst\n"
     install = "pip install --quiet -c llmlab/constraints.txt -e llmlab[tpu]\n"
     assert (worker.home / "log").read_text() == f"-m venv llmlab-venv\n{install}{install}"
 
