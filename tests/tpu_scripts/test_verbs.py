@@ -132,7 +132,7 @@ def test_run_needs_a_place_that_all_workers_share(cloud: Cloud):
     assert "LLMLAB_BUCKET" in result.stderr
 
 
-@pytest.mark.parametrize("file", ["/home/me/e.py", "quickstart", "--train.steps"])
+@pytest.mark.parametrize("file", ["/srv/e.py", "quickstart", "--train.steps"])
 def test_what_is_no_experiment_of_the_repository_is_refused(cloud: Cloud, file: str):
     result = cloud.run("run.sh", "nano", "--", file)
     assert (result.returncode, cloud.calls()) == (2, [])
