@@ -47,7 +47,7 @@ def main() -> None:
 
     from llmlab.sharding import Mesh
 
-    axes = {name: int(size) for name, size in (part.split("=") for part in args.mesh.split(","))}
+    axes: dict[str, Any] = {name: int(size) for name, size in (part.split("=") for part in args.mesh.split(","))}
     many = Mesh(**{"data": 1, **axes})
     programs = {
         "plain": plain(args),
