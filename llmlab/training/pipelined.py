@@ -258,9 +258,8 @@ class _Parts:
     def no_reports(self, x_BSD: jax.Array, context: Context, key: Any) -> Any:
         """Room for the reports of all layers."""
         one = jax.tree.map(lambda x: jnp.zeros((1, *x.shape[1:]), x.dtype), self.blocks)
-        shapes = jax.eval_shape(
-            lambda: self.cut.repeats(_listed(one), x_BSD, context, key, jnp.zeros((), jnp.int32))[1]
-        )
+        params, first = _listed(cast(one, self.pipelined.precision)), jnp.zeros((), jnp.int32)
+        shapes = jax.eval_shape(lambda: self.cut.repeats(params, x_BSD, context, key, first)[1])
         return jax.tree.map(lambda x: jnp.zeros((self.size * self.chunks, *x.shape[1:]), x.dtype), shapes)
 
 

@@ -25,6 +25,7 @@ from llmlab.objectives import MaskedToken, NextToken, Objective, SequenceToSeque
 from llmlab.optim import SGD, Constant, Optimizer
 from llmlab.sharding import Mesh
 from llmlab.training.config import Train
+from llmlab.training.precision import Precision
 from llmlab.training.program import Program
 
 ROWS, LENGTH, VOCAB = 16, 16, 64
@@ -185,7 +186,13 @@ class Outcome(NamedTuple):
 
 
 def program(
-    case: Case, mesh: Mesh, num_devices: int, *, accumulation: int = 2, optimizer: Optimizer | None = None
+    case: Case,
+    mesh: Mesh,
+    num_devices: int,
+    *,
+    accumulation: int = 2,
+    optimizer: Optimizer | None = None,
+    precision: Precision = "float32",
 ) -> Program:
     """The steps of a case on the first devices."""
     return Program.build(
@@ -194,7 +201,7 @@ def program(
         # Plain gradient descent: parameters are the gradients' sum, nothing is normalised away.
         optimizer or SGD(peak_lr=0.1, schedule=Constant(), clip_norm=None),
         mesh.build(jax.devices()[:num_devices]),
-        Train(steps=3, batch_size=ROWS, sequence_length=LENGTH, accumulation=accumulation, seed=5),
+        Train(steps=3, batch_size=ROWS, sequence_length=LENGTH, accumulation=accumulation, seed=5, precision=precision),
         case.batch(0),
     )
 

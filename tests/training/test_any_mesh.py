@@ -6,6 +6,7 @@ import pytest
 
 from llmlab.optim import AdamW, Constant
 from llmlab.sharding import Mesh
+from llmlab.sharding.rules import ScheduleName
 from tests.training.models_on_meshes import CASES, assert_equal, on_one_device, outcome, program
 
 # Every axis alone, on as many devices as it can have here.
@@ -72,6 +73,16 @@ def test_one_part_equals_one_device() -> None:
     case = CASES["decoder"]
     whole = outcome(program(case, Mesh(data=2, fsdp=4), 8, accumulation=1), case)
     assert_equal(whole, on_one_device("decoder", accumulation=1))
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
+def test_pipelines_compute_in_bfloat16_too(schedule: ScheduleName) -> None:
+    case, mesh = CASES["decoder"], Mesh(data=1, pipeline=2, schedule=schedule)
+    half = outcome(program(case, mesh, 2, precision="bfloat16"), case, evaluate=False)
+    for mine, exact in zip(half.metrics, on_one_device("decoder").metrics, strict=True):
+        assert mine["train/loss"] != exact["train/loss"]
+        assert mine["train/loss"] == pytest.approx(exact["train/loss"], rel=2**-7)  # 8 bits
+        assert mine["gradient_norm"] == pytest.approx(exact["gradient_norm"], rel=2**-5)
 
 
 def test_an_optimizer_with_state_does_not_see_the_layout() -> None:
