@@ -157,7 +157,13 @@ class Experiment:
         if sizes["pipeline"] > 1:
             problems += self._pipeline_problems(sizes["pipeline"])
         shares = math.prod(sizes[axis] for axis in self.mesh.table["experts"])
-        for experts in sorted({part.num_experts for part in parts_of(self.model, MixtureOfExperts)}):
+        counts = sorted({part.num_experts for part in parts_of(self.model, MixtureOfExperts)})
+        if sizes["expert"] > 1 and not counts:
+            problems.append(
+                f"mesh.expert={sizes['expert']} has nothing to split: the model has no mixture of experts; use "
+                "mesh.data or mesh.fsdp"
+            )
+        for experts in counts:
             if experts % shares:
                 divisors = [n for n in range(1, experts + 1) if experts % n == 0]
                 problems.append(f"mesh.expert={shares} does not divide num_experts={experts}; use one of {divisors}")

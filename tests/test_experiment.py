@@ -135,6 +135,11 @@ def test_a_model_without_a_plain_stack_cannot_be_a_pipeline(experiment: Experime
     assert "mesh.pipeline=2 cannot split model=ReversibleTransformer" in problem
 
 
+def test_experts_that_there_are_not_cannot_be_spread_out(experiment: Experiment) -> None:
+    [problem] = problems(dataclasses.replace(experiment, mesh=Mesh(data=4, expert=2)), 8)
+    assert "mesh.expert=2 has nothing to split" in problem
+
+
 def test_only_devices_that_share_the_batch_count(experiment: Experiment) -> None:
     tensor = dataclasses.replace(experiment, mesh=Mesh(tensor=4))
     assert problems(tensor, 8, batch_size=2) == []
