@@ -5,6 +5,6 @@ Nothing outside this room and the experiments knows a mesh axis by name. Layers 
 """
 
 from llmlab.sharding.mesh import Mesh
-from llmlab.sharding.rules import DEFAULT_RULES, Placement, Rules, activate, shard, shardings, spec
+from llmlab.sharding.rules import DEFAULT_RULES, Placement, Rules, activate, shard, spec
 
-__all__ = ["DEFAULT_RULES", "Mesh", "Placement", "Rules", "activate", "shard", "shardings", "spec"]
+__all__ = ["DEFAULT_RULES", "Mesh", "Placement", "Rules", "activate", "shard", "spec"]

@@ -78,7 +78,11 @@ class Placement:
 
     def shardings(self, axes: Any, shapes: Any) -> Any:
         """NamedShardings for a tree of arrays; `axes` has tuples of names where `shapes` has arrays or shapes."""
-        return shardings(axes, shapes, self.mesh, self.rules)
+
+        def one(names: tuple[str | None, ...], array: Any) -> NamedSharding:
+            return self.sharding(names, array.shape)
+
+        return jax.tree.map(one, axes, shapes, is_leaf=lambda node: isinstance(node, tuple))
 
     def shard_map(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
         """`function` on every device's share, with collectives by mesh axis; all axes are manual in it.
@@ -112,10 +116,6 @@ class Placement:
     def of_gradients(self) -> "Placement":
         """Where gradients are when they have been summed over the batch."""
         return self if self.zero >= 2 else self._without_fsdp()
-
-    def size(self, name: str) -> int:
-        """How many parts a logical axis is split into, where its dimension divides."""
-        return math.prod(self.mesh.shape[axis] for axis in self.rules.get(name, ()))
 
     def _without_fsdp(self) -> "Placement":
         rules = {name: tuple(axis for axis in axes if axis != "fsdp") for name, axes in self.rules.items()}
@@ -156,20 +156,6 @@ def spec(
             taken.add(axis)
         entries.append(None if not axes else axes[0] if len(axes) == 1 else tuple(axes))
     return PartitionSpec(*entries)
-
-
-def shardings(axes: Any, shapes: Any, mesh: jax.sharding.Mesh, rules: Rules = DEFAULT_RULES) -> Any:
-    """NamedShardings for a tree of arrays.
-
-    Args:
-        axes: tree whose leaves are tuples of logical axis names.
-        shapes: tree of the same structure whose leaves have `.shape`.
-    """
-
-    def one(names: tuple[str | None, ...], array: Any) -> NamedSharding:
-        return NamedSharding(mesh, spec(names, rules, shape=array.shape, sizes=mesh.shape))
-
-    return jax.tree.map(one, axes, shapes, is_leaf=lambda node: isinstance(node, tuple))
 
 
 @contextlib.contextmanager
