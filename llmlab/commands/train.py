@@ -13,6 +13,8 @@ Train the model of an experiment file. Every value of the experiment is a flag:
     llmlab train experiments/quickstart.py --help                   every value, with its default
     llmlab train experiments/quickstart.py --optimizer.peak-lr 1e-3
 The run goes to runs/<file>-<hash of the config>. The same command again resumes it at its last checkpoint.
+On a TPU pod or under Slurm the same command on every host trains together. Elsewhere say where they meet:
+    llmlab train FILE.py --coordinator 10.0.0.1:8476 --num-processes 2 --process-id 0        and 1 on the other host
 """
 
 
@@ -26,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
     if argv[0].startswith("-"):
         raise ValueError(f"give the experiment file before the flags: llmlab train FILE.py {shlex.join(argv)}")
     arguments, flags = parser.parse_known_args(argv)
-    if "-h" in flags or "--help" in flags:
+    if asked := "-h" in flags or "--help" in flags:
         print(parser.format_help())
 
     from llmlab import runs
@@ -34,6 +36,7 @@ def main(argv: Sequence[str]) -> int:
     from llmlab.display.terminal import terminal_report
     from llmlab.experiment import read_experiment
     from llmlab.flags import parse
+    from llmlab.sharding import cluster
     from llmlab.training import compilation_cache
     from llmlab.training.checkpoint import saved_steps
     from llmlab.training.faults import Interrupted, NonFiniteError, exit_if_busy
@@ -42,11 +45,13 @@ def main(argv: Sequence[str]) -> int:
     path: Path = arguments.experiment
     if path.is_dir():
         raise ValueError(f"{path} is a directory; give the experiment file that it was made from")
+    if not asked and not _joined(arguments):
+        return 1
     experiment = parse(read_experiment(path), flags, prog=f"llmlab train {path}", file=path.name)
     out = arguments.out or runs.default_directory(experiment, path.stem)
     report = (
         NullReport()
-        if arguments.quiet
+        if arguments.quiet or not cluster.here().is_first
         else terminal_report(
             out.name,
             run=out,
@@ -69,6 +74,8 @@ def main(argv: Sequence[str]) -> int:
             seconds={"imports": time.perf_counter() - began},
         )
     except Interrupted as error:
+        if not cluster.here().is_first:
+            return exit_if_busy(error.exit_code)
         newest = max(saved_steps(out / "checkpoints"), default=None)
         saved = "nothing was trained yet" if newest is None else f"step {newest} is saved in {out}"
         print(f"{error}; {saved}. To go on:\n  {again}", file=sys.stderr)
@@ -76,7 +83,27 @@ def main(argv: Sequence[str]) -> int:
     except NonFiniteError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except cluster.Departed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return exit_if_busy(error.exit_code)
     return 0
+
+
+def _joined(arguments: argparse.Namespace) -> bool:
+    """Joins the cluster where there is one; says why where that failed."""
+    from llmlab.sharding import cluster
+
+    try:
+        cluster.join(
+            coordinator=arguments.coordinator,
+            num_processes=arguments.num_processes,
+            process_id=arguments.process_id,
+            timeout=arguments.coordinator_timeout,
+        )
+    except ConnectionError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return False
+    return True
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -94,4 +121,13 @@ def _parser() -> argparse.ArgumentParser:
         "--allow-config-change", action="store_true", help="go on with a run whose config differs from this one"
     )
     parser.add_argument("--quiet", action="store_true", help="show nothing but errors")
+    cluster = parser.add_argument_group(
+        "several processes", "found on a TPU pod and under Slurm; or all three, or $LLMLAB_COORDINATOR and so on"
+    )
+    cluster.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+    cluster.add_argument("--num-processes", type=int, metavar="N", help="how many processes train together")
+    cluster.add_argument("--process-id", type=int, metavar="I", help="which of them this is, from 0")
+    cluster.add_argument(
+        "--coordinator-timeout", type=int, default=300, metavar="SECONDS", help="to wait for the others (300)"
+    )
     return parser

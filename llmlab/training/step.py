@@ -116,7 +116,8 @@ def make_train_step(
 
     if layout is None:
         return jax.jit(step, donate_argnums=0)
-    return jax.jit(step, donate_argnums=0, in_shardings=(layout.state, where), out_shardings=(layout.state, None))
+    everywhere = layout.state.step  # the numbers, so that every process can read them
+    return jax.jit(step, donate_argnums=0, in_shardings=(layout.state, where), out_shardings=(layout.state, everywhere))
 
 
 def make_evaluate_step(
@@ -138,7 +139,7 @@ def make_evaluate_step(
 
     if layout is None:
         return jax.jit(evaluate)
-    return jax.jit(evaluate, in_shardings=(layout.state.params, where))
+    return jax.jit(evaluate, in_shardings=(layout.state.params, where), out_shardings=layout.state.step)
 
 
 def cast(params: Params, precision: Precision) -> Params:
