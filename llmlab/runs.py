@@ -220,8 +220,10 @@ def train(
         return Run(directory.path).summary.get("step") == experiment.train.steps
 
     try:
-        experiment.validate(num_devices=jax.device_count())
-        with _together(processes), contextlib.ExitStack() as held, Interruption(processes.votes()) as interruption:
+        with together(), contextlib.ExitStack() as held, Interruption(processes.votes()) as interruption:
+            # Before the devices are asked for: a process that has none yet waits there for all, and cannot be told.
+            processes.check_same(config=config_hash(experiment))
+            experiment.validate(num_devices=jax.device_count())
             if processes.lead("directory", prepare):
                 report.message(
                     f"{directory.path} is finished: all {experiment.train.steps} steps are done. To train it longer, "
@@ -245,8 +247,14 @@ def train(
 
 
 @contextlib.contextmanager
-def _together(processes: Cluster) -> Iterator[None]:
-    """What stops one process stops all: it lets them know, and hears of them."""
+def together() -> Iterator[None]:
+    """What stops one process of a cluster stops all: it lets them know, and hears of them.
+
+    Raises:
+        Interrupted: this process, or another that it waited for, was stopped.
+        Departed: another failed that this one waited for.
+    """
+    processes = cluster.here()
     try:
         yield
     except Departed as error:

@@ -28,57 +28,22 @@ def main(argv: Sequence[str]) -> int:
     if argv[0].startswith("-"):
         raise ValueError(f"give the experiment file before the flags: llmlab train FILE.py {shlex.join(argv)}")
     arguments, flags = parser.parse_known_args(argv)
-    if asked := "-h" in flags or "--help" in flags:
-        print(parser.format_help())
-
-    from llmlab import runs
-    from llmlab.data.store import default_cache_dir
-    from llmlab.display.terminal import terminal_report
-    from llmlab.experiment import read_experiment
-    from llmlab.flags import parse
-    from llmlab.sharding import cluster
-    from llmlab.training import compilation_cache
-    from llmlab.training.checkpoint import saved_steps
-    from llmlab.training.faults import Interrupted, NonFiniteError, exit_if_busy
-    from llmlab.training.report import NullReport
-
     path: Path = arguments.experiment
     if path.is_dir():
         raise ValueError(f"{path} is a directory; give the experiment file that it was made from")
-    if not asked and not _joined(arguments):
+    if "-h" in flags or "--help" in flags:
+        print(parser.format_help())
+    elif not _started(arguments):
         return 1
-    experiment = parse(read_experiment(path), flags, prog=f"llmlab train {path}", file=path.name)
-    out = arguments.out or runs.default_directory(experiment, path.stem)
-    report = (
-        NullReport()
-        if arguments.quiet or not cluster.here().is_first
-        else terminal_report(
-            out.name,
-            run=out,
-            experiment=path,
-            flags=flags,
-            steps=experiment.train.steps,
-            peak_lr=experiment.optimizer.peak_lr,
-        )
-    )
-    compilation_cache.enable(default_cache_dir())
-    again = shlex.join(["llmlab", "train", *argv])
+
+    from llmlab import runs
+    from llmlab.sharding import cluster
+    from llmlab.training.faults import Interrupted, NonFiniteError, exit_if_busy
+
     try:
-        runs.train(
-            experiment,
-            out,
-            name=path.stem,
-            report=report,
-            allow_config_change=arguments.allow_config_change,
-            experiment_file=path,
-            seconds={"imports": time.perf_counter() - began},
-        )
-    except Interrupted as error:
-        if not cluster.here().is_first:
-            return exit_if_busy(error.exit_code)
-        newest = max(saved_steps(out / "checkpoints"), default=None)
-        saved = "nothing was trained yet" if newest is None else f"step {newest} is saved in {out}"
-        print(f"{error}; {saved}. To go on:\n  {again}", file=sys.stderr)
+        with runs.together():
+            return _train(arguments, flags, shlex.join(["llmlab", "train", *argv]), began)
+    except Interrupted as error:  # before there was an experiment
         return exit_if_busy(error.exit_code)
     except NonFiniteError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -86,13 +51,13 @@ def main(argv: Sequence[str]) -> int:
     except cluster.Departed as error:
         print(f"error: {error}", file=sys.stderr)
         return exit_if_busy(error.exit_code)
-    return 0
 
 
-def _joined(arguments: argparse.Namespace) -> bool:
-    """Joins the cluster where there is one; says why where that failed."""
-    from llmlab.sharding import cluster
+def _started(arguments: argparse.Namespace) -> bool:
+    """Sets the compiler's flags and joins the cluster, where there is one; False, and why, where that failed."""
+    from llmlab.sharding import cluster, xla_flags
 
+    xla_flags.apply(arguments.xla_flags)
     try:
         cluster.join(
             coordinator=arguments.coordinator,
@@ -104,6 +69,55 @@ def _joined(arguments: argparse.Namespace) -> bool:
         print(f"error: {error}", file=sys.stderr)
         return False
     return True
+
+
+def _train(arguments: argparse.Namespace, flags: Sequence[str], again: str, began: float) -> int:
+    """Reads the experiment and trains. `again` is this command, `began` when it was started."""
+    from llmlab import runs
+    from llmlab.data.store import default_cache_dir
+    from llmlab.display.terminal import terminal_report
+    from llmlab.experiment import read_experiment
+    from llmlab.flags import parse
+    from llmlab.sharding import cluster
+    from llmlab.training import compilation_cache
+    from llmlab.training.checkpoint import saved_steps
+    from llmlab.training.faults import Interrupted, exit_if_busy
+    from llmlab.training.report import NullReport
+
+    path: Path = arguments.experiment
+    experiment = parse(read_experiment(path), flags, prog=f"llmlab train {path}", file=path.name)
+    out = arguments.out or runs.default_directory(experiment, path.stem)
+    speaks = cluster.here().is_first
+    report = (
+        NullReport()
+        if arguments.quiet or not speaks
+        else terminal_report(
+            out.name,
+            run=out,
+            experiment=path,
+            flags=flags,
+            steps=experiment.train.steps,
+            peak_lr=experiment.optimizer.peak_lr,
+        )
+    )
+    compilation_cache.enable(default_cache_dir())
+    try:
+        runs.train(
+            experiment,
+            out,
+            name=path.stem,
+            report=report,
+            allow_config_change=arguments.allow_config_change,
+            experiment_file=path,
+            seconds={"imports": time.perf_counter() - began},
+        )
+    except Interrupted as error:
+        newest = max(saved_steps(out / "checkpoints"), default=None)
+        saved = "nothing was trained yet" if newest is None else f"step {newest} is saved in {out}"
+        if speaks:
+            print(f"{error}; {saved}. To go on:\n  {again}", file=sys.stderr)
+        return exit_if_busy(error.exit_code)
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -121,6 +135,11 @@ def _parser() -> argparse.ArgumentParser:
         "--allow-config-change", action="store_true", help="go on with a run whose config differs from this one"
     )
     parser.add_argument("--quiet", action="store_true", help="show nothing but errors")
+    parser.add_argument(
+        "--xla-flags",
+        choices=("default", "none"),
+        help="XLA's flags for hiding communication on GPUs and TPUs, besides those in XLA_FLAGS and LIBTPU_INIT_ARGS",
+    )
     cluster = parser.add_argument_group(
         "several processes", "found on a TPU pod and under Slurm; or all three, or $LLMLAB_COORDINATOR and so on"
     )

@@ -22,6 +22,7 @@ import json
 import os
 import re
 import signal
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -127,11 +128,12 @@ def join(
         coordinator: HOST:PORT of process 0, which listens there.
         num_processes: how many processes there are.
         process_id: which one this is, from 0.
-        timeout: seconds to wait for the others.
+        timeout: seconds to wait for the others. When they are over the process ends, with a message and exit code 1:
+            jax, which waits in C++, would abort it without one.
 
     Raises:
         ValueError: the address is incomplete or impossible.
-        ConnectionError: the coordinator, or one of the other processes, did not come in time.
+        ConnectionError: the cluster could not be joined.
     """
     address = explicit(coordinator, num_processes, process_id, os.environ)
     if address is not None:
@@ -164,16 +166,27 @@ def _initialize(timeout: int, failure: str, **address: Any) -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")  # without effect where devices are not CPUs
     main = threading.current_thread() is threading.main_thread()
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)} if main else {}
+    watch = threading.Timer(timeout, _give_up, [failure])
+    watch.daemon = True
+    watch.start()
     try:
         jax.distributed.initialize(
-            initialization_timeout=timeout, shutdown_timeout_seconds=_SHUTDOWN_SECONDS, **address
+            initialization_timeout=2 * timeout + 60, shutdown_timeout_seconds=_SHUTDOWN_SECONDS, **address
         )
     except (RuntimeError, OSError) as error:
         raise ConnectionError(f"{failure}. ({str(error).splitlines()[0]})") from error
+    finally:
+        watch.cancel()
     # jax listens for SIGTERM as well, in a way that leaves the process running: signals are the run's own affair.
     for number, handler in before.items():
         if handler is not None:
             signal.signal(number, handler)
+
+
+def _give_up(failure: str) -> None:
+    sys.stderr.write(f"error: {failure}\n")
+    sys.stderr.flush()
+    os._exit(1)
 
 
 class Cluster:
@@ -248,7 +261,7 @@ class Cluster:
                 if other != found[0]:
                     raise ValueError(
                         f"the {name} of process {index} is not that of process 0 ({other[:16]}... and "
-                        f"{found[0][:16]}...); every host must see the same files and have the same packages"
+                        f"{found[0][:16]}...); give every process the same command, files and packages"
                     )
 
     def depart(self, reason: str, *, exit_code: int, signal: int = 0) -> None:
@@ -291,16 +304,17 @@ ALONE = Cluster()
 """A process that is the whole computation."""
 
 
-@functools.cache
 def here() -> Cluster:
-    """The cluster of this process, as jax knows it. Touches the devices."""
-    import jax
-
-    if jax.process_count() == 1:
-        return ALONE
+    """The cluster of this process, once it has joined it."""
     from jax._src import distributed  # jax has no public way to the key-value store; orbax and Flax take this one
 
-    return Cluster(jax.process_index(), jax.process_count(), distributed.global_state.client)
+    state = distributed.global_state
+    if state.client is None or state.num_processes == 1:
+        return ALONE
+    return _joined(state.process_id, state.num_processes, state.client)
+
+
+_joined = functools.cache(Cluster)  # one object, since it counts what it has said
 
 
 class _Votes:
@@ -311,15 +325,6 @@ class _Votes:
     """
 
     def __init__(self) -> None:
-        import jax
-        import jax.numpy as jnp
-        import numpy as np
-        from jax.sharding import NamedSharding, PartitionSpec
-
-        mesh = jax.sharding.Mesh(np.asarray(jax.devices()), ("all",))
-        self._split = NamedSharding(mesh, PartitionSpec("all"))
-        self._count = mesh.size
-        self._largest = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
         self._pending: Any = None
 
     def __call__(self, value: int) -> int:
@@ -327,9 +332,23 @@ class _Votes:
         import numpy as np
 
         before = self._pending
-        ballot = jax.make_array_from_callback((self._count,), self._split, lambda _: np.asarray([value], np.int32))
-        self._pending = self._largest(ballot)
+        where, largest = self._program
+        number = np.asarray([value], np.int32)
+        ballot = jax.make_array_from_callback((where.mesh.size,), where, lambda _: number)
+        self._pending = largest(ballot)
         return 0 if before is None else int(jax.device_get(before))
+
+    @functools.cached_property
+    def _program(self) -> tuple[Any, Any]:
+        """Where the numbers are, and the function to the largest. Made late: devices are only there when all are."""
+        import jax
+        import jax.numpy as jnp
+        import numpy as np
+        from jax.sharding import NamedSharding, PartitionSpec
+
+        mesh = jax.sharding.Mesh(np.asarray(jax.devices()), ("all",))
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        return NamedSharding(mesh, PartitionSpec("all")), jax.jit(jnp.max, out_shardings=everywhere)
 
 
 def _number(text: str) -> int:
