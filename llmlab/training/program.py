@@ -64,7 +64,7 @@ class Program:
         transformation = optimizer.build(axes, train.steps)
         kind: dict[str, Any] = {"precision": train.precision, "ema": optimizer.ema is not None}
         unplaced = jax.eval_shape(lambda params: new_state(params, transformation, **kind), shapes)
-        layout = Layout.of(unplaced, axes, placement)
+        layout = Layout.of(unplaced, axes, placement, offload_optimizer=train.offload_optimizer)
         params_layout: Any = layout.state.params
 
         def drawn(key: jax.Array) -> Params:

@@ -11,6 +11,7 @@ a mean of the parts' means would give tokens of short parts more weight (a bug t
     placement      shardings come from logical axis names; without one everything lives on the default device
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -92,9 +93,12 @@ def make_train_step(
             gradient, parts = gradients(state, batch)
         # The update is computed where the optimizer's state is, which under ZeRO is not where parameters are.
         update = None if layout is None else layout.update
-        optimizer_state: Any
+        optimizer_state: Any = state.optimizer_state
+        if layout is not None and layout.optimizer is not None:
+            optimizer_state = jax.device_put(optimizer_state, layout.optimizer)
+            state = dataclasses.replace(state, optimizer_state=optimizer_state)
         gradient, old = _placed(gradient, update), _placed(state.params, update)
-        updates, optimizer_state = optimizer.update(gradient, state.optimizer_state, old)
+        updates, optimizer_state = optimizer.update(gradient, optimizer_state, old)
         params: Any = _placed(optax.apply_updates(old, updates), update)
         metrics = per_count(parts, "train") | optim.metrics(optimizer_state)
         loss_scale = state.loss_scale
