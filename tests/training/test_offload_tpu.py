@@ -1,4 +1,4 @@
-"""Offloading, compiled by the real TPU compiler, which needs no TPU: by its account, what leaves the devices' memory."""
+"""Offloading, compiled by the real TPU compiler, which needs no TPU: what leaves the memory of the devices."""
 
 import pytest
 
