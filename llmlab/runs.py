@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmlab import buckets
 from llmlab.config import config_hash, difference, save, to_json
 from llmlab.config import load as load_saved
 from llmlab.experiment import Experiment, read_experiment
@@ -51,7 +52,7 @@ class Run:
     """
 
     def __init__(self, directory: str | Path) -> None:
-        self.directory = Path(directory)
+        self.directory = buckets.local(directory)
         self.experiment = read_experiment(self.directory)
 
     @property
@@ -86,16 +87,13 @@ def load(path: str | Path, *, ema: bool = False) -> "DecoderModel":
     what `llmlab convert` made of one.
 
     Args:
-        path: the directory.
+        path: the directory, or its address in a bucket (gs://...), of which what is needed is copied here.
         ema: the average of the weights, for a run that kept one.
 
     Raises:
         FileNotFoundError: there is nothing, or no checkpoint yet.
         ValueError: what is there is damaged or is no model.
     """
-    path = Path(path)
-    if not path.is_dir():
-        raise FileNotFoundError(f"there is no directory {path}; give a run, a checkpoint or a Hugging Face directory")
     directory, step = locate(path)
     if is_hugging_face(directory):
         from llmlab.models.huggingface import load_hf
@@ -110,7 +108,7 @@ def locate(path: str | Path) -> tuple[Path, int | None]:
     Raises:
         FileNotFoundError: there is nothing, or nothing that holds a model.
     """
-    path = Path(path)
+    path = buckets.local(path)
     if not path.is_dir():
         raise FileNotFoundError(f"there is no directory {path}; give a run, a checkpoint or a Hugging Face directory")
     if path.name.isdigit() and path.absolute().parent.name == "checkpoints":
@@ -212,6 +210,8 @@ def train(
     processes = cluster.here()
     report = (report if processes.is_first else None) or NullReport()
     summary: dict[str, Any] | None = None
+    if out is not None:
+        buckets.check_local(out, "out")
     directory = RunDirectory(default_directory(experiment, name) if out is None else Path(out))
 
     def prepare() -> bool:

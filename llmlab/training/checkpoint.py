@@ -292,16 +292,18 @@ def digests(path: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def verify(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None where every file is what was written."""
+def verify(path: Path, item: str | None = None) -> str | None:
+    """What is wrong with a checkpoint, or None where every file (of one item: params, ema) is what was written."""
     try:
         expected = json.loads((path / DIGESTS).read_bytes())["files"]
     except FileNotFoundError:
         return NO_DIGESTS
     except (ValueError, KeyError, TypeError):
         return f"{DIGESTS} cannot be read"
-    found = digests(path)
+    found = digests(path) if item is None else {f"{item}/{name}": f for name, f in digests(path / item).items()}
     for name, entry in expected.items():
+        if item is not None and not name.startswith(f"{item}/"):
+            continue
         if name not in found:
             return f"{name} is missing"
         if found[name]["size"] != entry["size"]:
@@ -329,7 +331,8 @@ def restore_params(checkpoints: Path, abstract: Params, *, step: int | None = No
     steps = saved_steps(checkpoints)
     if step is not None and step not in steps:
         raise FileNotFoundError(f"{checkpoints} has no checkpoint of step {step}; there are {steps or 'none'}")
-    problems = {candidate: verify(checkpoints / str(candidate)) for candidate in (steps if step is None else [step])}
+    name = "ema" if ema else "params"
+    problems = {c: verify(checkpoints / str(c), name) for c in (steps if step is None else [step])}
     # Without digests only where nothing better is there: they may be under way.
     good = [c for c, problem in problems.items() if problem is None] or [
         c for c, problem in problems.items() if problem == NO_DIGESTS
@@ -339,7 +342,7 @@ def restore_params(checkpoints: Path, abstract: Params, *, step: int | None = No
         raise ValueError(f"no checkpoint in {checkpoints} is whole: {listed}")
     if not good:
         raise FileNotFoundError(f"{checkpoints} holds no checkpoint yet: the run has not saved one")
-    item = (checkpoints / str(max(good)) / ("ema" if ema else "params")).absolute()
+    item = (checkpoints / str(max(good)) / name).absolute()
     if not item.is_dir():
         raise ValueError(f"{item.parent} holds no average of the weights: the run was trained without (optimizer.ema)")
     with contextlib.closing(ocp.StandardCheckpointer()) as checkpointer:
