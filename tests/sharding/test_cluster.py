@@ -37,7 +37,9 @@ def test_flags_come_before_variables_and_are_completed_by_them() -> None:
         (("a:1", 2, None), {"LLMLAB_PROCESS_ID": "one"}, "LLMLAB_PROCESS_ID='one' is not a whole number"),
     ],
 )
-def test_an_address_that_cannot_be_is_refused(values: Any, variables: dict[str, str], message: str) -> None:
+def test_an_address_that_cannot_be_is_refused(
+    values: tuple[Any, Any, Any], variables: dict[str, str], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         explicit(*values, variables)
 

@@ -60,7 +60,7 @@ def config() -> Experiment:
 """
 # Sums over devices in another order, over 60 steps; the same order of tokens, or the losses would differ in the
 # second digit.
-SAME = {"rtol": 1e-5}
+SAME = 1e-5
 
 
 def start(directory: Path, process: int, num_processes: int, port: int, *flags: str, devices: int = 1) -> Any:
@@ -102,7 +102,7 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 def assert_same_metrics(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
     assert [list(record) for record in found] == [list(record) for record in expected]
     for a, b in zip(found, expected, strict=True):
-        np.testing.assert_allclose(list(a.values()), list(b.values()), **SAME)
+        np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=SAME)
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +207,7 @@ def test_it_restores_on_any_number_of_devices_and_goes_on_with_the_next_tokens(
         batch = program.place(dataset.train.part(number, program.places))
         state, numbers = program.train_step(restored[0], batch)
         restored = (state, {})
-        np.testing.assert_allclose(numbers["train/loss"], expected[number + 1], **SAME)
+        np.testing.assert_allclose(numbers["train/loss"], expected[number + 1], rtol=SAME)
 
 
 def test_four_processes_finish_it_on_another_mesh(
@@ -223,7 +223,7 @@ def test_four_processes_finish_it_on_another_mesh(
     assert f"resumed at step {step}" in outputs[0]
     assert_same_metrics(metrics(run), alone)
     summary = json.loads((run / "summary.json").read_bytes())
-    np.testing.assert_allclose(summary["validation/loss"], alone[-1]["validation/loss"], **SAME)
+    np.testing.assert_allclose(summary["validation/loss"], alone[-1]["validation/loss"], rtol=SAME)
 
 
 def test_what_stops_one_process_before_training_stops_all(directory: Path) -> None:
