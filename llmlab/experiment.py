@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from llmlab import buckets
 from llmlab.config import load, load_experiment_file, own_errors
 from llmlab.data import Data
 from llmlab.data.tasks import WAYS
@@ -50,8 +51,8 @@ class Experiment:
     train: Train
     """Length, batch, precision, and the rhythm of evaluations and checkpoints."""
     initialize_from: str | None = None
-    """Run or Hugging Face directory whose weights the model starts from, but for a head of its own; None for fresh
-    ones."""
+    """Run or Hugging Face directory, also one in a bucket (gs://...), whose weights the model starts from, but for a
+    head of its own; None for fresh ones."""
 
     def validate(self, *, num_devices: int | None = None) -> None:
         """Checks what no part can check alone, before any work; the parts have checked themselves when built.
@@ -66,7 +67,8 @@ class Experiment:
             *self._batch_problems(num_devices),
             *self._mesh_problems(num_devices),
         ]
-        if self.initialize_from is not None and not Path(self.initialize_from).is_dir():
+        origin = self.initialize_from
+        if origin is not None and buckets.address(origin) is None and not Path(origin).is_dir():
             problems.append(f"initialize_from={self.initialize_from} is not a directory")
         if problems:
             raise ValueError("\n  ".join(["this experiment cannot run:", *problems]))

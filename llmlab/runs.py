@@ -6,20 +6,24 @@
 The same call on a run that was cut short takes it up at its last checkpoint; on a finished one it says so.
 """
 
+import contextlib
 import functools
 import json
 import math
 import signal
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmlab import buckets
 from llmlab.config import config_hash, difference, save, to_json
 from llmlab.config import load as load_saved
 from llmlab.experiment import Experiment, read_experiment
 from llmlab.models.config import Transformer
 from llmlab.objectives import NextToken, PrefixLM
+from llmlab.sharding import cluster
+from llmlab.sharding.cluster import Cluster, Departed
 from llmlab.training.directory import RunDirectory, write_json
 from llmlab.training.faults import Interrupted, Interruption, NonFiniteError
 from llmlab.training.metrics import read_metrics
@@ -48,7 +52,7 @@ class Run:
     """
 
     def __init__(self, directory: str | Path) -> None:
-        self.directory = Path(directory)
+        self.directory = buckets.local(directory)
         self.experiment = read_experiment(self.directory)
 
     @property
@@ -83,16 +87,13 @@ def load(path: str | Path, *, ema: bool = False) -> "DecoderModel":
     what `llmlab convert` made of one.
 
     Args:
-        path: the directory.
+        path: the directory, or its address in a bucket (gs://...), of which what is needed is copied here.
         ema: the average of the weights, for a run that kept one.
 
     Raises:
         FileNotFoundError: there is nothing, or no checkpoint yet.
         ValueError: what is there is damaged or is no model.
     """
-    path = Path(path)
-    if not path.is_dir():
-        raise FileNotFoundError(f"there is no directory {path}; give a run, a checkpoint or a Hugging Face directory")
     directory, step = locate(path)
     if is_hugging_face(directory):
         from llmlab.models.huggingface import load_hf
@@ -107,7 +108,7 @@ def locate(path: str | Path) -> tuple[Path, int | None]:
     Raises:
         FileNotFoundError: there is nothing, or nothing that holds a model.
     """
-    path = Path(path)
+    path = buckets.local(path)
     if not path.is_dir():
         raise FileNotFoundError(f"there is no directory {path}; give a run, a checkpoint or a Hugging Face directory")
     if path.name.isdigit() and path.absolute().parent.name == "checkpoints":
@@ -186,6 +187,9 @@ def train(
 ) -> Run:
     """Trains, or goes on training, in a run directory.
 
+    Where several processes joined a cluster (`llmlab.sharding.cluster.join`) all call this with the same experiment and
+    the same directory, which all of them must see; the first one writes.
+
     Args:
         experiment: what to do.
         out: the run directory; None for `default_directory`.
@@ -199,17 +203,28 @@ def train(
         ValueError: the experiment cannot run, or the directory is another's; nothing was changed.
         NonFiniteError: the loss is not finite any more.
         Interrupted: Ctrl-C or SIGTERM; the state is saved if training had begun.
+        Departed: another process failed.
     """
     import jax
 
-    report = report or NullReport()
+    processes = cluster.here()
+    report = (report if processes.is_first else None) or NullReport()
     summary: dict[str, Any] | None = None
+    if out is not None:
+        buckets.check_local(out, "out")
+    directory = RunDirectory(default_directory(experiment, name) if out is None else Path(out))
+
+    def prepare() -> bool:
+        held.enter_context(directory.held())
+        _settle_config(directory, experiment, report, allow=allow_config_change)
+        return Run(directory.path).summary.get("step") == experiment.train.steps
+
     try:
-        experiment.validate(num_devices=jax.device_count())
-        directory = RunDirectory(default_directory(experiment, name) if out is None else Path(out))
-        with directory.held(), Interruption() as interruption:
-            _settle_config(directory, experiment, report, allow=allow_config_change)
-            if Run(directory.path).summary.get("step") == experiment.train.steps:
+        with together(), contextlib.ExitStack() as held, Interruption(processes.votes()) as interruption:
+            # Before the devices are asked for: a process that has none yet waits there for all, and cannot be told.
+            processes.check_same(config=config_hash(experiment))
+            experiment.validate(num_devices=jax.device_count())
+            if processes.lead("directory", prepare):
                 report.message(
                     f"{directory.path} is finished: all {experiment.train.steps} steps are done. To train it longer, "
                     f"raise train.steps: --train.steps N --out {directory.path} --allow-config-change"
@@ -224,10 +239,35 @@ def train(
                     experiment_file=experiment_file,
                 )
                 phases = Phases(report, seconds or {})
-                summary = _train(experiment, directory, report, phases, interruption, begin)
+                summary = _train(experiment, directory, report, phases, interruption, begin, processes)
+            processes.meet("done")  # nobody takes the coordinator away, or the lock, while others are at work
     finally:
         report.close(summary)
     return Run(directory.path)
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """What stops one process of a cluster stops all: it lets them know, and hears of them.
+
+    Raises:
+        Interrupted: this process, or another that it waited for, was stopped.
+        Departed: another failed that this one waited for.
+    """
+    processes = cluster.here()
+    try:
+        yield
+    except Departed as error:
+        if error.signal:
+            raise Interrupted(error.signal) from error
+        raise
+    except Interrupted as error:
+        processes.depart(str(error), exit_code=error.exit_code, signal=error.signal)
+        raise
+    except BaseException as error:
+        users = isinstance(error, ValueError)
+        processes.depart(f"{type(error).__name__}: {error}", exit_code=2 if users else 1)
+        raise
 
 
 def _settle_config(directory: RunDirectory, experiment: Experiment, report: Report, *, allow: bool) -> None:
@@ -260,8 +300,9 @@ def _train(
     phases: Phases,
     interruption: Interruption,
     begin: Callable[..., Provenance],
+    processes: Cluster,
 ) -> dict[str, Any]:
-    """Trains to the end and writes the summary; the provenance says how it went."""
+    """Trains to the end; the first process writes the summary, and how it went to the provenance."""
     from llmlab.training.session import Session
 
     provenance: Provenance | None = None
@@ -269,6 +310,8 @@ def _train(
 
     def started(step: int, fingerprints: dict[str, str]) -> None:
         nonlocal provenance, first_step
+        if not processes.is_first:
+            return
         first_step = step
         provenance = begin(first_step=step)
         provenance.fingerprints(**fingerprints)
@@ -288,10 +331,16 @@ def _train(
         interruption=interruption,
         started=started,
         weights=weights,
+        processes=processes,
     )
     try:
         model, tokenizer, summary = session.run()
-        if isinstance(experiment.model, Transformer) and isinstance(experiment.objective, NextToken | PrefixLM):
+        # Several processes have a part of the model each, and no loop of tokens that they could turn together.
+        if (
+            processes.count == 1
+            and isinstance(experiment.model, Transformer)
+            and isinstance(experiment.objective, NextToken | PrefixLM)
+        ):
             summary["sample"] = _sample(model, tokenizer)
     except Interrupted as error:
         finish("preempted" if error.signal == signal.SIGTERM else "interrupted", error.step)
@@ -303,6 +352,8 @@ def _train(
         finish("failed", None)
         raise
     phases.stop()
+    if not processes.is_first:
+        return summary
     seconds = {name: round(value, 3) for name, value in phases.seconds.items()}
     summary["seconds"] = seconds | {"total": round(math.fsum(seconds.values()), 3)}
     write_json(directory.summary, summary)

@@ -162,10 +162,17 @@ class TrainSplit:
         Raises:
             ValueError: a step before 0, or a batch size that the hosts cannot share.
         """
+        return self.part(step, np.arange(*host_rows(self.batch_size, host, num_hosts)))
+
+    def part(self, step: int, places: Numbers) -> Batch:
+        """The rows at these places of the batch of a step.
+
+        Raises:
+            ValueError: a step before 0.
+        """
         if step < 0:
             raise ValueError(f"step={step}; steps begin at 0")
-        start, stop = host_rows(self.batch_size, host, num_hosts)
-        return self.rows.read(step * self.batch_size + np.arange(start, stop))
+        return self.rows.read(step * self.batch_size + places)
 
     def epochs(self, steps: int) -> tuple[float, ...]:
         """How often each source has been read, after so many steps."""
@@ -194,12 +201,21 @@ class ValidationSplit:
         Raises:
             ValueError: there is no such batch, or the hosts cannot share it.
         """
+        return self.part(step, np.arange(*host_rows(self.batch_size, host, num_hosts)))
+
+    def part(self, step: int, places: Numbers) -> Batch:
+        """The rows at these places of one of the `num_batches` batches.
+
+        Raises:
+            ValueError: there is no such batch.
+        """
         if not 0 <= step < self.num_batches:
             raise ValueError(f"step={step} is not one of the {self.num_batches} validation batches")
-        start, stop = host_rows(self.batch_size, host, num_hosts)
-        wanted = self._order[step * self.batch_size + start : step * self.batch_size + stop]
-        blank = np.full(stop - start - len(wanted), len(self.rows))
-        return self.rows.read(np.concatenate([wanted, blank]))
+        numbers = step * self.batch_size + places
+        inside = numbers < len(self._order)
+        wanted = np.full(len(numbers), len(self.rows))  # blank
+        wanted[inside] = self._order[numbers[inside]]
+        return self.rows.read(wanted)
 
 
 @dataclass(frozen=True, kw_only=True)

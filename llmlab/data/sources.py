@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from llmlab.buckets import address, files
+
 Report = Callable[[int, int | None, str], None]
 """Called as report(done, total, what) while something long goes on; total is None where nobody knows it."""
 
@@ -78,7 +80,7 @@ class TextFiles(Source):
     """Plain text files in UTF-8, each of them a document, or several where a separator cuts them."""
 
     paths: tuple[str, ...] | str
-    """Files, or patterns such as "books/**/*.txt" (** is any depth of directories)."""
+    """Files, or patterns such as "books/**/*.txt" (** is any depth of directories); in a bucket, with its address."""
     separator: str | None = None
     """Text between documents of one file ("\\n\\n" for one document a paragraph); None for one document a file."""
     on_error: OnError = "fail"
@@ -157,6 +159,12 @@ def find_files(paths: Sequence[str]) -> list[Path]:
     """
     found: dict[Path, None] = {}
     for name in paths:
+        if address(name) is not None:
+            copies = files(name)
+            if not copies:
+                raise FileNotFoundError(f"no file matches {name!r}")
+            found.update(dict.fromkeys(copies))
+            continue
         path = Path(name).expanduser()
         if path.is_dir():
             raise ValueError(f"{name!r} is a directory; name the files in it with a pattern such as '{path / '**/*'}'")

@@ -34,6 +34,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64, Integer, UInt64
 
+from llmlab.buckets import default_cache_dir
 from llmlab.data.sources import Document, Report, Skipped, Source
 from llmlab.data.splitting import text_hash
 from llmlab.tokenizers.base import Tokenizer
@@ -86,11 +87,6 @@ class TokenStore:
 
 class DamagedStoreError(ValueError):
     """A token store that is not what its manifest says."""
-
-
-def default_cache_dir() -> Path:
-    """Where token stores are kept: $LLMLAB_CACHE, or ~/.cache/llmlab."""
-    return Path(os.environ.get("LLMLAB_CACHE") or "~/.cache/llmlab").expanduser()
 
 
 def open_or_build(

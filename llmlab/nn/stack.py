@@ -11,7 +11,8 @@ stack is applied is separate from how it is stored:
     unroll   every layer in the program: XLA optimises across layers; faster on CPU (about 3% to 30%) at small depth
 
 Rematerialisation trades time for memory: activations inside a repeat are recomputed in the backward pass. "full"
-keeps only each repeat's input (about 1/3 more FLOPs), "dots" keeps the outputs of parameter matmuls.
+keeps only each repeat's input (about 1/3 more FLOPs), "dots" keeps the outputs of parameter matmuls, and "offload"
+keeps those in the host's memory, from which they come back while the backward pass of other layers runs.
 
 LayerDrop (Fan et al. 2020, 1909.11556) skips each layer with probability p in training, which regularises and lets
 a trained model be cut shallower.
@@ -33,12 +34,15 @@ from llmlab.nn.dropout import check_rate
 from llmlab.nn.module import stack_axes
 from llmlab.nn.platform import platform
 from llmlab.sharding import shard
+from llmlab.sharding.memory import DEVICE, HOST, check_host_memory
+from llmlab.sharding.rules import active_mesh
 
-Remat = Literal["none", "full", "dots"]
+Remat = Literal["none", "full", "dots", "offload"]
 
 _POLICIES: dict[Remat, Callable[..., Any] | None] = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims(DEVICE, HOST),
 }
 
 # Compile time grows with an unrolled program; beyond this many layers scan wins on every platform.
@@ -54,7 +58,8 @@ class Execution:
     mode: Literal["auto", "scan", "unroll"] = "auto"
     """scan loops over one compiled layer; unroll writes all out; auto unrolls small stacks on CPU."""
     remat: Remat = "none"
-    """What the backward pass recomputes: nothing, everything in a layer, or all but parameter matmuls."""
+    """What the backward pass recomputes: nothing, everything in a layer, or all but parameter matmuls, whose outputs
+    stay on the device (dots) or wait in the host's memory (offload)."""
     layer_drop: float = 0.0
     """Probability of skipping a layer in training."""
 
@@ -170,8 +175,7 @@ class Repeats:
                 y = jnp.where(number < self.num, y, x)
             return y, tuple(reports)
 
-        if self.execution.remat != "none":
-            repeat = jax.checkpoint(repeat, policy=_POLICIES[self.execution.remat])
+        repeat = self._remat(repeat)
         if not self.execution.unrolled(self.num_layers):
             numbers = first + jnp.arange(count)
             x_BSD, looped = jax.lax.scan(lambda x, xs: repeat(x, xs[0], xs[1]), x_BSD, (list(params), numbers))
@@ -204,6 +208,14 @@ class Repeats:
             drop = jax.random.bernoulli(jax.random.fold_in(key, LAYER_DROP_KEY), self.execution.layer_drop)
             y_BSD = jnp.where(drop, x_BSD, y_BSD)
         return shard(y_BSD, "batch", "residual", "embed"), cache, auxiliary
+
+    def _remat(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        if self.execution.remat == "none":
+            return function
+        if self.execution.remat == "offload":
+            mesh = active_mesh()
+            check_host_memory(jax.local_devices() if mesh is None else mesh.devices.flat, "execution.remat=offload")
+        return jax.checkpoint(function, policy=_POLICIES[self.execution.remat])
 
 
 Cut = Callable[[Stack, jax.Array, Context, jax.Array | None], tuple[jax.Array, list[Auxiliary]] | None]

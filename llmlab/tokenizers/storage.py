@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmlab import buckets
 from llmlab.tokenizers.special import SpecialTokens
 
 if TYPE_CHECKING:
@@ -31,13 +32,13 @@ def load_tokenizer(path: str | Path) -> "Tokenizer":
 
     `path` is a directory that `Tokenizer.save` wrote, a run directory (which holds one in `tokenizer/`) or one of its
     checkpoints, a Hugging Face directory with a tokenizer.json, a directory with a SentencePiece tokenizer.model, or
-    one of these files.
+    one of these files. The address of such a directory in a bucket (gs://...) will do too.
 
     Raises:
         FileNotFoundError: there is no tokenizer at the path.
         ValueError: what is there is damaged.
     """
-    path = Path(path)
+    path = buckets.local(path, weights=False)
     if path.name == MANIFEST and path.is_file():
         path = path.parent
     if path.is_file():

@@ -12,9 +12,14 @@ start). Its own checksums do not cover the payload, so every file's SHA-256 is w
 anything is restored. What fails is moved to `quarantine/`, never deleted, and the newest good checkpoint is used.
 Later ones go there as well: a run that went back must not find steps of its former future. A checkpoint without
 digests (the process was killed between its completion and theirs) is used if it can be read.
+
+Where several processes train, all take part in a save and in a restore, each with what its devices hold; the directory
+must be one that all of them see. The first process alone lists it, verifies, writes digests, sets aside and deletes,
+and the others follow its decisions: two that chose different steps would train two different models as one.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -27,6 +32,8 @@ from typing import Any
 import jax
 
 from llmlab.nn.module import Params
+from llmlab.sharding import cluster
+from llmlab.sharding.cluster import Cluster
 from llmlab.training.directory import write_json
 from llmlab.training.state import TrainState
 
@@ -45,28 +52,44 @@ class Checkpoints:
         keep_last: how many of the newest stay.
         keep_best: how many of those with the lowest validation loss stay besides.
         tell: called with a sentence about anything that is not as it should be.
+        processes: that train together.
     """
 
     def __init__(
-        self, directory: Path, quarantine: Path, *, keep_last: int, keep_best: int, tell: Callable[[str], None]
+        self,
+        directory: Path,
+        quarantine: Path,
+        *,
+        keep_last: int,
+        keep_best: int,
+        tell: Callable[[str], None],
+        processes: Cluster = cluster.ALONE,
     ) -> None:
         import orbax.checkpoint as ocp
 
         self.directory = directory.absolute()
         self._quarantine = quarantine
         self._keep_last, self._keep_best, self._tell = keep_last, keep_best, tell
+        self._processes = processes
         self._writing: _Writing | None = None
-        self.directory.mkdir(parents=True, exist_ok=True)
-        for leftover in [*self.directory.glob(f"{_DELETED}*"), *self.directory.glob("*.orbax-checkpoint-tmp*")]:
-            shutil.rmtree(leftover, ignore_errors=True)
+        found = processes.lead("checkpoints", self._open)
         # Which checkpoints to keep is decided here: orbax counts a checkpoint before its digests are written.
         options = ocp.CheckpointManagerOptions(max_to_keep=None, save_root_metadata=False)
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=_ITEMS)
-        self._losses: dict[int, float | None] = {step: _validation_loss(self._path(step)) for step in self.steps()}
+        self._losses: dict[int, float | None] = dict(found)
+        """Of every checkpoint on disk; the same in all processes, at the same points of the run."""
+
+    def _open(self) -> list[tuple[int, float | None]]:
+        """Makes the directory, removes what killed saves left, and lists steps and losses of what is there."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for leftover in [*self.directory.glob(f"{_DELETED}*"), *self.directory.glob("*.orbax-checkpoint-tmp*")]:
+            shutil.rmtree(leftover, ignore_errors=True)
+        return [(step, _validation_loss(self._path(step))) for step in saved_steps(self.directory)]
 
     def steps(self) -> list[int]:
-        """Steps of the checkpoints on disk, in ascending order."""
-        return saved_steps(self.directory)
+        """Steps of the complete checkpoints, in ascending order."""
+        writing = None if self._writing is None else self._writing.step
+        return sorted(step for step in self._losses if step != writing)
 
     def save(self, state: TrainState, step: int, meta: Mapping[str, float]) -> None:
         """Begins to save the state after `step` steps; returns when the state may be given up.
@@ -93,7 +116,7 @@ class Checkpoints:
         if not self._manager.save(step, args=ocp.args.Composite(**items), force=True):
             raise RuntimeError(f"the checkpoint of step {step} was not saved: orbax declined")
         self._losses[step] = meta.get("validation/loss")
-        self._writing = _Writing(step, self._path(step), self._manager.wait_until_finished)
+        self._writing = _Writing(step, functools.partial(self._complete, step))
 
     def poll(self) -> int | None:
         """The step of a save that has finished since the last call, if one has. Costs nothing."""
@@ -130,20 +153,29 @@ class Checkpoints:
             ValueError: the checkpoint is whole but is not of this model or optimizer.
         """
         for step in reversed(self.steps()):
-            problem = verify(self._path(step))
+            problem = self._processes.lead("verify", lambda step=step: verify(self._path(step)))
             if problem is None:
                 return self._restore(step, abstract)
             if problem == NO_DIGESTS:
-                try:
-                    restored = self._restore(step, abstract)
-                    write_json(self._path(step) / DIGESTS, {"files": digests(self._path(step))})
+                restored, error = self._try_to_restore(step, abstract)
+                if restored is not None:
+                    self._processes.lead("digests", functools.partial(_write_digests, self._path(step)))
                     self._tell(f"the checkpoint of step {step} could be read but not verified: {problem}")
                     return restored
-                except Exception as error:  # whatever orbax and its libraries raise for broken files
-                    problem = f"{problem}, and it cannot be read: {str(error).splitlines()[0]}"
+                problem = f"{problem}, and it cannot be read: {error}"
             place = self._set_aside(step)
             self._tell(f"the checkpoint of step {step} is damaged ({problem}); it was moved to {place}")
         return None
+
+    def _try_to_restore(self, step: int, abstract: TrainState) -> tuple[tuple[TrainState, dict[str, Any]] | None, str]:
+        """The state and its meta; None, and why, where a process could not read its part."""
+        restored, error = None, ""
+        try:
+            restored = self._restore(step, abstract)
+        except Exception as problem:  # whatever orbax and its libraries raise for broken files
+            error = str(problem).splitlines()[0]
+        errors = [text for text in self._processes.gather("restored", error) if text]
+        return (None, errors[0]) if errors else (restored, "")
 
     def _restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
         import orbax.checkpoint as ocp
@@ -179,15 +211,24 @@ class Checkpoints:
     def _path(self, step: int) -> Path:
         return self.directory / str(step)
 
+    def _complete(self, step: int) -> None:
+        """Waits, in a thread, for the save to be on disk with its digests; errors are those of all processes."""
+        self._manager.wait_until_finished()
+        self._processes.lead("saved", functools.partial(_write_digests, self._path(step)))
+
     def _set_aside(self, step: int) -> Path:
-        self._quarantine.mkdir(parents=True, exist_ok=True)
-        taken = {path.name for path in self._quarantine.iterdir()}
-        names = (f"checkpoint-{step}" + (f"-{i}" if i else "") for i in range(len(taken) + 1))
-        place = self._quarantine / next(name for name in names if name not in taken)
-        self._path(step).rename(place)
+        place = self._quarantine / self._processes.lead("quarantine", lambda: self._move_to_quarantine(step))
         self._losses.pop(step, None)
         self._manager.reload()
         return place
+
+    def _move_to_quarantine(self, step: int) -> str:
+        self._quarantine.mkdir(parents=True, exist_ok=True)
+        taken = {path.name for path in self._quarantine.iterdir()}
+        names = (f"checkpoint-{step}" + (f"-{i}" if i else "") for i in range(len(taken) + 1))
+        name = next(name for name in names if name not in taken)
+        self._path(step).rename(self._quarantine / name)
+        return name
 
     def _prune(self) -> None:
         """Removes what is neither among the newest nor among the best."""
@@ -196,25 +237,25 @@ class Checkpoints:
         keep = {*steps[-self._keep_last :], *(step for _, step in scored[: self._keep_best])}
         for step in steps:
             if step not in keep:
-                # Renamed first: a half-deleted directory would look like a checkpoint.
-                doomed = self.directory / f"{_DELETED}{step}"
-                self._path(step).rename(doomed)
-                shutil.rmtree(doomed, ignore_errors=True)
-                self._losses.pop(step, None)
+                self._losses.pop(step)
+                if self._processes.is_first:
+                    # Renamed first: a half-deleted directory would look like a checkpoint.
+                    doomed = self.directory / f"{_DELETED}{step}"
+                    self._path(step).rename(doomed)
+                    shutil.rmtree(doomed, ignore_errors=True)
         self._manager.reload()
 
 
 class _Writing:
-    """A save under way: a thread that waits for orbax and then writes the digests."""
+    """A save under way: a thread that waits for it to be complete."""
 
-    def __init__(self, step: int, path: Path, wait_until_finished: Callable[[], None]) -> None:
+    def __init__(self, step: int, complete: Callable[[], None]) -> None:
         self.step = step
         self._error: BaseException | None = None
 
         def run() -> None:
             try:
-                wait_until_finished()
-                write_json(path / DIGESTS, {"files": digests(path)})
+                complete()
             except BaseException as error:  # raised by join, in the thread that trains
                 self._error = error
 
@@ -251,16 +292,18 @@ def digests(path: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def verify(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None where every file is what was written."""
+def verify(path: Path, item: str | None = None) -> str | None:
+    """What is wrong with a checkpoint, or None where every file (of one item: params, ema) is what was written."""
     try:
         expected = json.loads((path / DIGESTS).read_bytes())["files"]
     except FileNotFoundError:
         return NO_DIGESTS
     except (ValueError, KeyError, TypeError):
         return f"{DIGESTS} cannot be read"
-    found = digests(path)
+    found = digests(path) if item is None else {f"{item}/{name}": f for name, f in digests(path / item).items()}
     for name, entry in expected.items():
+        if item is not None and not name.startswith(f"{item}/"):
+            continue
         if name not in found:
             return f"{name} is missing"
         if found[name]["size"] != entry["size"]:
@@ -288,7 +331,8 @@ def restore_params(checkpoints: Path, abstract: Params, *, step: int | None = No
     steps = saved_steps(checkpoints)
     if step is not None and step not in steps:
         raise FileNotFoundError(f"{checkpoints} has no checkpoint of step {step}; there are {steps or 'none'}")
-    problems = {candidate: verify(checkpoints / str(candidate)) for candidate in (steps if step is None else [step])}
+    name = "ema" if ema else "params"
+    problems = {c: verify(checkpoints / str(c), name) for c in (steps if step is None else [step])}
     # Without digests only where nothing better is there: they may be under way.
     good = [c for c, problem in problems.items() if problem is None] or [
         c for c, problem in problems.items() if problem == NO_DIGESTS
@@ -298,7 +342,7 @@ def restore_params(checkpoints: Path, abstract: Params, *, step: int | None = No
         raise ValueError(f"no checkpoint in {checkpoints} is whole: {listed}")
     if not good:
         raise FileNotFoundError(f"{checkpoints} holds no checkpoint yet: the run has not saved one")
-    item = (checkpoints / str(max(good)) / ("ema" if ema else "params")).absolute()
+    item = (checkpoints / str(max(good)) / name).absolute()
     if not item.is_dir():
         raise ValueError(f"{item.parent} holds no average of the weights: the run was trained without (optimizer.ema)")
     with contextlib.closing(ocp.StandardCheckpointer()) as checkpointer:
@@ -313,8 +357,12 @@ def save_params(checkpoints: Path, params: Params, *, step: int) -> Path:
     path = (checkpoints / str(step)).absolute()
     with contextlib.closing(ocp.StandardCheckpointer()) as checkpointer:
         checkpointer.save(path / "params", params)
-    write_json(path / DIGESTS, {"files": digests(path)})
+    _write_digests(path)
     return path
+
+
+def _write_digests(path: Path) -> None:
+    write_json(path / DIGESTS, {"files": digests(path)})
 
 
 def _check_shapes(stored: Any, abstract: Any) -> None:

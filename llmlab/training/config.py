@@ -18,6 +18,8 @@ class Train:
     """Parts that the batch is computed in, one after the other: less memory, the same gradient."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the arithmetic. Parameters, norms, softmax and loss stay float32; float16 scales the loss."""
+    offload_optimizer: bool = False
+    """Keep the optimizer's state in the host's memory between updates, where the devices reach it (TPU, GPU)."""
     evaluate_every: int = 200
     """Steps between evaluations on the validation split; 0 for the last step only."""
     evaluate_batches: int | None = None

@@ -7,6 +7,9 @@
 A handler that only sets a flag does nothing while nobody looks, and one that raises can leave a half-written anything.
 So there are two modes: preparation (tokenizing, compiling) has nothing to save and is left at once by an exception;
 training looks at the flag between steps and between batches of an evaluation. A second signal always raises.
+
+Where several processes train together, a signal may reach one of them only, and all must stop after the same step: they
+vote at every look (`llmlab.sharding.cluster`), and a signal counts when all have heard of it, one look later.
 """
 
 import contextlib
@@ -57,10 +60,17 @@ class NonFiniteError(ArithmeticError):
 
 
 class Interruption:
-    """Watches for SIGINT and SIGTERM while it is entered (in the main thread; elsewhere it watches nothing)."""
+    """Watches for SIGINT and SIGTERM while it is entered (in the main thread; elsewhere it watches nothing).
 
-    def __init__(self) -> None:
+    Args:
+        vote: own signal (0 for none) to that of any process, the same in all of them; None for a single process.
+    """
+
+    def __init__(self, vote: Callable[[int], int] | None = None) -> None:
         self.signal: int | None = None
+        """That asked the run to stop."""
+        self._received: int | None = None
+        self._vote = vote
         self._raise_at_once = True
 
     def __enter__(self) -> "Interruption":
@@ -75,23 +85,32 @@ class Interruption:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not set by Python
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
-        again = self.signal is not None
-        self.signal = number
+        again = self._received is not None
+        self._received = number
+        if self._vote is None:
+            self.signal = number
         if self._raise_at_once or again:
             raise Interrupted(number)
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Inside, a first signal waits for `requested` to be looked at."""
+        """Inside, a first signal waits for a `look`."""
         self._raise_at_once = False
         try:
             yield
         finally:
             self._raise_at_once = True
 
+    def look(self) -> bool:
+        """Whether a signal asked the run to stop. Where there are several processes all must look, at the same points:
+        the answer is the same for all."""
+        if self._vote is not None:
+            self.signal = self._vote(self._received or 0) or self.signal
+        return self.requested
+
     @property
     def requested(self) -> bool:
-        """Whether a signal asked the run to stop."""
+        """Whether a signal had asked the run to stop at the last look; of a single process, at this moment."""
         return self.signal is not None
 
 

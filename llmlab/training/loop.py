@@ -68,7 +68,8 @@ def train(state: TrainState, start: int, parts: Parts, *, unevaluated: bool = Fa
             for step, batch in enumerate(batches, start + 1):
                 state, metrics = parts.step(state, batch)
                 recorder.step(step, metrics)
-                if evaluation_due(step, config) or checkpoint_due(step, config) or parts.interruption.requested:
+                stop = parts.interruption.look()
+                if stop or evaluation_due(step, config) or checkpoint_due(step, config):
                     _look(state, step, parts)
                 _tell_saved(checkpoints.poll(), parts.report)
         _tell_saved(checkpoints.wait(), parts.report)

@@ -19,7 +19,7 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from llmlab.training.directory import write_text
 
@@ -30,6 +30,37 @@ FILE_NAME = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 
 _NOT_FINITE = ("NaN", "Infinity", "-Infinity")
+
+
+@runtime_checkable  # for the checks of argument types at run time
+class Log(Protocol):
+    """Where records go."""
+
+    def write(self, metrics: Mapping[str, float]) -> None:
+        """Takes one record."""
+        ...
+
+    def cut_back(self, step: int) -> int:
+        """Removes the records after `step`; returns how many were removed."""
+        ...
+
+    def close(self) -> None:
+        """Nothing more comes."""
+        ...
+
+
+class NoLog:
+    """Keeps nothing: of the processes that train together only the first one writes."""
+
+    def write(self, metrics: Mapping[str, float]) -> None:
+        """Drops the record."""
+
+    def cut_back(self, step: int) -> int:
+        """Removes nothing."""
+        return 0
+
+    def close(self) -> None:
+        """Has nothing to close."""
 
 
 class MetricsLog:

@@ -1,6 +1,7 @@
 """What runs on the devices: the train step, the evaluation step and the initialisation of one experiment, laid out."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 from flax import nnx
+from jaxtyping import Int64
 
 from llmlab.nn.module import Params, num_parameters, split
 from llmlab.objectives import Batch, Objective
@@ -62,7 +64,7 @@ class Program:
         transformation = optimizer.build(axes, train.steps)
         kind: dict[str, Any] = {"precision": train.precision, "ema": optimizer.ema is not None}
         unplaced = jax.eval_shape(lambda params: new_state(params, transformation, **kind), shapes)
-        layout = Layout.of(unplaced, axes, placement)
+        layout = Layout.of(unplaced, axes, placement, offload_optimizer=train.offload_optimizer)
         params_layout: Any = layout.state.params
 
         def drawn(key: jax.Array) -> Params:
@@ -81,7 +83,7 @@ class Program:
             if absent:
                 where_absent = {name: params_layout[name] for name in absent}
                 given = given | jax.jit(missing, out_shardings=where_absent)(jax.random.key(train.seed))
-            params = jax.device_put(given, params_layout)
+            params = jax.tree.map(_put, given, params_layout)
             return jax.jit(lambda p: new_state(p, transformation, **kind), out_shardings=layout.state)(params)
 
         where = batch_shardings(batch, placement)
@@ -114,12 +116,30 @@ class Program:
         evaluate_step = self.evaluate_step.lower(self.state.params, self.batch).compile()
         return dataclasses.replace(self, train_step=train_step, evaluate_step=evaluate_step)
 
+    @functools.cached_property
+    def places(self) -> Int64[np.ndarray, " rows"]:
+        """Places in the batch of the rows that this process's devices need, ascending: all of them where there is one
+        process; where devices of several processes share a row's matrices, each of the processes has that row."""
+        needed = np.zeros(next(iter(self.batch.values())).shape[0], bool)
+        for kind in self.batch.values():
+            for index in kind.sharding.addressable_devices_indices_map(kind.shape).values():
+                assert index is not None, "a batch is on devices"
+                needed[index[0]] = True
+        return np.flatnonzero(needed).astype(np.int64)
+
     def place(self, batch: Mapping[str, np.ndarray]) -> Batch:
-        """This host's rows of a batch as the global batch on the devices."""
-        return {
-            name: jax.make_array_from_process_local_data(kind.sharding, batch[name], kind.shape)
-            for name, kind in self.batch.items()
-        }
+        """The global batch on the devices; `batch` has the rows at this process's `places`."""
+
+        def one(kind: jax.ShapeDtypeStruct, rows: np.ndarray) -> jax.Array:
+            def of_device(index: tuple[slice, ...] | None) -> np.ndarray:
+                assert index is not None, "a batch is on devices"
+                first, last, _ = index[0].indices(kind.shape[0])
+                here = slice(*np.searchsorted(self.places, (first, last)))
+                return rows[here, *index[1:]]
+
+            return jax.make_array_from_callback(kind.shape, kind.sharding, of_device, dtype=kind.dtype)
+
+        return {name: one(kind, np.asarray(batch[name])) for name, kind in self.batch.items()}
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -130,3 +150,11 @@ class Program:
     def num_parameters(self) -> int:
         """Of the model."""
         return num_parameters(self.state.params)
+
+
+def _put(array: jax.Array, where: jax.sharding.Sharding) -> jax.Array:
+    """An array that every process has, laid out over the devices of all."""
+    if where.is_fully_addressable:
+        return jax.device_put(array, where)
+    host = np.asarray(array)
+    return jax.make_array_from_callback(host.shape, where, lambda index: host[index])

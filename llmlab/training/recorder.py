@@ -12,7 +12,7 @@ import jax
 
 from llmlab.training.config import Train
 from llmlab.training.faults import NonFiniteError
-from llmlab.training.metrics import MetricsLog
+from llmlab.training.metrics import Log
 from llmlab.training.report import Report
 from llmlab.training.state import LossScale
 from llmlab.training.throughput import Throughput
@@ -30,7 +30,7 @@ class Recorder:
     """
 
     def __init__(
-        self, log: MetricsLog, report: Report, speed: Throughput, train: Train, last_good: Callable[[], int | None]
+        self, log: Log, report: Report, speed: Throughput, train: Train, last_good: Callable[[], int | None]
     ) -> None:
         self._log = log
         self._report = report

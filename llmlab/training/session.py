@@ -1,6 +1,9 @@
 """One process's work on a run: from an experiment to a trained model in its directory, or a part of the way.
 
 tokenizer -> tokens -> compile -> initialise or restore -> train -> summary
+
+Of several processes all do the same, but only the first writes: the others find its tokenizer in the run's directory,
+and tokens in the cache, where they share a disk, or make the same ones on their own.
 """
 
 import contextlib
@@ -15,11 +18,12 @@ import jax
 import numpy as np
 
 from llmlab.config import to_json
-from llmlab.data.dataset import Dataset
+from llmlab.data.dataset import Dataset, ValidationSplit
 from llmlab.data.prefetch import prefetch
 from llmlab.data.store import default_cache_dir
 from llmlab.nn.module import Params, merge
-from llmlab.sharding import Placement
+from llmlab.sharding import Placement, cluster
+from llmlab.sharding.cluster import Cluster
 from llmlab.sharding.pipeline import AXIS, Schedule
 from llmlab.tokenizers import Tokenizer, load_tokenizer
 from llmlab.training.checkpoint import Checkpoints
@@ -27,7 +31,7 @@ from llmlab.training.directory import RunDirectory
 from llmlab.training.evaluation import evaluate
 from llmlab.training.faults import Interruption, in_background, wait
 from llmlab.training.loop import UNEVALUATED, Parts, train
-from llmlab.training.metrics import MetricsLog, read_metrics
+from llmlab.training.metrics import Log, MetricsLog, NoLog, read_metrics
 from llmlab.training.phases import Phases
 from llmlab.training.program import Program, Weights
 from llmlab.training.recorder import Recorder
@@ -44,7 +48,7 @@ class Session:
     """What a session works with.
 
     `started` is called when everything is ready, with the number of steps done and the fingerprints of data and
-    tokenizer; `weights` gives the parameters to start a new run from, None for fresh ones.
+    tokenizer; `weights` gives the parameters to start a new run from, None for fresh ones; `processes` train together.
     """
 
     experiment: "Experiment"
@@ -54,13 +58,17 @@ class Session:
     interruption: Interruption
     started: Callable[[int, dict[str, str]], None]
     weights: Weights | None = None
+    processes: Cluster = cluster.ALONE
 
     def run(self) -> tuple[Any, Tokenizer, dict[str, Any]]:
-        """Trains to the end; returns the model, the tokenizer and the summary. Raises what `loop.train` raises."""
+        """Trains to the end; returns the model, the tokenizer and the summary, which the first process alone has.
+        Raises what `loop.train` raises."""
+        writes = self.processes.is_first
         tokenizer = self._tokenizer()
         dataset = self._dataset(tokenizer)
+        self.processes.check_same(tokenizer=tokenizer.fingerprint, data=dataset.fingerprint)
         # Counting takes a second per 10 million tokens: beside everything else.
-        counted = in_background(lambda: dataset.baselines(self.experiment.train.accumulation))
+        counted = in_background(lambda: dataset.baselines(self.experiment.train.accumulation) if writes else {})
         model = self.experiment.model.with_vocabulary(tokenizer.vocab_size)
         _check_labels(model.num_labels, dataset.num_labels)
         model.check_batch(dataset.validation.batch(0))
@@ -78,13 +86,17 @@ class Session:
             keep_last=self.experiment.train.keep_last,
             keep_best=self.experiment.train.keep_best,
             tell=lambda text: self.report.message(text, "warning"),
+            processes=self.processes,
         )
-        with contextlib.closing(checkpoints), contextlib.closing(MetricsLog(self.directory.path)) as log:
+        log: Log = MetricsLog(self.directory.path) if writes else NoLog()
+        with contextlib.closing(checkpoints), contextlib.closing(log):
             devices = _devices(program.placement, self.experiment.train.accumulation)
             self.phases.begin("compile", f"{program.num_parameters:,} parameters, {devices}")
             compiling = in_background(program.compiled)
             state, start, unevaluated = self._state(program, checkpoints)
             program = wait(compiling)
+            # Collectives give up on a process that is half a minute late, and compiling takes longer than that.
+            self.processes.meet("compiled")
             log.cut_back(start)
             self.started(start, {"data": dataset.fingerprint, "tokenizer": tokenizer.fingerprint})
             speed = Throughput(
@@ -98,13 +110,22 @@ class Session:
             self.report.progress(start, self.experiment.train.steps, "steps")
             state = train(state, start, parts, unevaluated=unevaluated)
         self.phases.begin("summary")
-        return merge(program.graphdef, state.params), tokenizer, self._summary(program, dataset, speed, wait(counted))
+        summary = self._summary(program, dataset, speed, wait(counted)) if writes else {}
+        return merge(program.graphdef, state.params), tokenizer, summary
 
     def _tokenizer(self) -> Tokenizer:
-        """The run's own tokenizer; else one that was trained before on the same data; else a new one."""
+        """The run's own tokenizer, made by the first process where there is none yet."""
+
+        def make() -> None:
+            if not (self.directory.tokenizer / "llmlab_tokenizer.json").exists():
+                self._new_tokenizer().save(self.directory.tokenizer)
+
+        self.processes.lead("tokenizer", make)
+        return load_tokenizer(self.directory.tokenizer)
+
+    def _new_tokenizer(self) -> Tokenizer:
+        """One that was trained before on the same data, or else a new one."""
         experiment, report = self.experiment, self.report
-        if (self.directory.tokenizer / "llmlab_tokenizer.json").exists():
-            return load_tokenizer(self.directory.tokenizer)
         self.phases.begin("tokenizer", type(experiment.tokenizer).__name__)
         trained_from = (to_json(experiment.tokenizer) + experiment.data.fingerprint()).encode()
         cached = default_cache_dir() / "tokenizers" / hashlib.sha256(trained_from).hexdigest()[:32]
@@ -121,19 +142,25 @@ class Session:
             tokenizer = experiment.tokenizer.build(texts, progress=report.progress)
             if asked:  # one that is opened from a path belongs to its path
                 tokenizer.save(cached)
-        tokenizer.save(self.directory.tokenizer)
         return tokenizer
 
     def _dataset(self, tokenizer: Tokenizer) -> Dataset:
         config = self.experiment.train
         self.phases.begin("tokens", f"vocabulary of {tokenizer.vocab_size:,}")
-        dataset = self.experiment.data.build(
-            tokenizer,
-            sequence_length=config.sequence_length,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            report=self.report.progress,
-        )
+
+        def build() -> Dataset:
+            return self.experiment.data.build(
+                tokenizer,
+                sequence_length=config.sequence_length,
+                batch_size=config.batch_size,
+                seed=config.seed,
+                report=self.report.progress,
+            )
+
+        # First one, then the others, which then find its tokens: where they share a disk they would all make them.
+        built: list[Dataset] = []
+        self.processes.lead("tokens", lambda: built.append(build()))
+        dataset = built[0] if built else build()
         for remark in dataset.remarks:
             self.report.message(remark, "warning")
         return dataset
@@ -157,22 +184,21 @@ class Session:
         return state, start, UNEVALUATED in meta
 
     def _parts(
-        self, program: Program, dataset: Dataset, checkpoints: Checkpoints, log: MetricsLog, speed: Throughput
+        self, program: Program, dataset: Dataset, checkpoints: Checkpoints, log: Log, speed: Throughput
     ) -> Parts:
         config, report = self.experiment.train, self.report
-        host, num_hosts = jax.process_index(), jax.process_count()
 
         def batch(step: int) -> dict[str, np.ndarray]:
-            return dataset.train.batch(step, host=host, num_hosts=num_hosts)
+            return dataset.train.part(step, program.places)
 
         def validate(params: Params) -> dict[str, float] | None:
             return evaluate(
                 program.evaluate_step,
                 params,
-                dataset.validation,
+                _Share(dataset.validation, program.places),
                 program.place,
                 max_batches=config.evaluate_batches,
-                stop=lambda: self.interruption.requested,
+                stop=self.interruption.look,
                 progress=lambda done, total: report.progress(done, total, "evaluate"),
             )
 
@@ -223,6 +249,21 @@ class Session:
             summary["mfu"] = summary["model_flops_per_second"] / speed.peak.flops_per_second
             summary["mfu_convention"] = f"MFU of {speed.peak.source}; {FLOP_CONVENTION}"
         return summary
+
+
+@dataclass(frozen=True)
+class _Share:
+    """The rows of a validation split that the devices of one process need."""
+
+    split: ValidationSplit
+    places: np.ndarray
+
+    @property
+    def num_batches(self) -> int:
+        return self.split.num_batches
+
+    def batch(self, step: int) -> dict[str, np.ndarray]:
+        return self.split.part(step, self.places)
 
 
 def _check_labels(of_model: int | None, of_data: int | None) -> None:

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from llmlab.nn.module import Axes, Params
 from llmlab.optim.transformation import state_axes
 from llmlab.sharding import Placement
+from llmlab.sharding.memory import HOST, check_host_memory
 
 
 @jax.tree_util.register_dataclass
@@ -122,29 +123,44 @@ class Layout:
     """Parameters and gradients while the optimizer works: as its state is."""
     axes: Axes
     """Logical names of the parameters' dimensions."""
+    optimizer: Any = None
+    """The optimizer's state while it works, in the devices' own memory, where it is not there between steps."""
 
     @classmethod
-    def of(cls, state: TrainState, axes: Axes, placement: Placement) -> "Layout":
+    def of(cls, state: TrainState, axes: Axes, placement: Placement, *, offload_optimizer: bool = False) -> "Layout":
         """By the logical names of dimensions.
 
         Args:
             state: arrays or shapes.
             axes: tuple of logical axis names for every parameter.
             placement: devices, rules, and what ZeRO splits.
+            offload_optimizer: the optimizer's state is in the host's memory between steps.
+
+        Raises:
+            ValueError: the devices do not reach the host's memory.
         """
         replicated = NamedSharding(placement.mesh, PartitionSpec())
         params = placement.of_params.shardings(axes, state.params)
         update = placement.shardings(axes, state.params)
         optimizer_axes = state_axes(state.optimizer_state, axes)
+        optimizer = placement.shardings(optimizer_axes, state.optimizer_state)
+        between, working = optimizer, None
+        if offload_optimizer:
+            check_host_memory(placement.mesh.devices.flat, "train.offload_optimizer")
+            working = optimizer
+            # Counters stay: they are a few bytes, and decide things.
+            between = jax.tree.map(
+                lambda x, s: s.with_memory_kind(HOST) if x.ndim else s, state.optimizer_state, optimizer
+            )
         where: dict[str, Any] = {
             "step": replicated,
             "params": params,
-            "optimizer_state": placement.shardings(optimizer_axes, state.optimizer_state),
+            "optimizer_state": between,
             "ema": None if state.ema is None else update,
             "loss_scale": jax.tree.map(lambda _: replicated, state.loss_scale),
         }
         gradients = placement.of_gradients.shardings(axes, state.params)
-        return cls(state=TrainState(**where), gradients=gradients, update=update, axes=axes)
+        return cls(state=TrainState(**where), gradients=gradients, update=update, axes=axes, optimizer=working)
 
 
 def abstract(state: TrainState, layout: TrainState | None) -> TrainState:

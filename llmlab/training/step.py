@@ -12,6 +12,7 @@ a mean of the parts' means would give tokens of short parts more weight (a bug t
     placement      shardings come from logical axis names; without one everything lives on the default device
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -101,9 +102,12 @@ def make_train_step(
             gradient, parts = gradients(state, batch)
         # The update is computed where the optimizer's state is, which under ZeRO is not where parameters are.
         update = None if layout is None else layout.update
-        optimizer_state: Any
+        optimizer_state: Any = state.optimizer_state
+        if layout is not None and layout.optimizer is not None:
+            optimizer_state = jax.device_put(optimizer_state, layout.optimizer)
+            state = dataclasses.replace(state, optimizer_state=optimizer_state)
         gradient, old = _placed(gradient, update), _placed(state.params, update)
-        updates, optimizer_state = optimizer.update(gradient, state.optimizer_state, old)
+        updates, optimizer_state = optimizer.update(gradient, optimizer_state, old)
         params: Any = _placed(optax.apply_updates(old, updates), update)
         metrics = per_count(parts, "train") | optim.metrics(optimizer_state)
         loss_scale = state.loss_scale
@@ -125,7 +129,8 @@ def make_train_step(
 
     if layout is None:
         return jax.jit(step, donate_argnums=0)
-    return jax.jit(step, donate_argnums=0, in_shardings=(layout.state, where), out_shardings=(layout.state, None))
+    everywhere = layout.state.step  # the numbers, so that every process can read them
+    return jax.jit(step, donate_argnums=0, in_shardings=(layout.state, where), out_shardings=(layout.state, everywhere))
 
 
 def make_evaluate_step(
@@ -152,7 +157,7 @@ def make_evaluate_step(
 
     if layout is None:
         return jax.jit(evaluate)
-    return jax.jit(evaluate, in_shardings=(layout.state.params, where))
+    return jax.jit(evaluate, in_shardings=(layout.state.params, where), out_shardings=layout.state.step)
 
 
 def per_count(parts: LossParts, prefix: str) -> Metrics:

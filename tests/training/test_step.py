@@ -14,6 +14,7 @@ from llmlab.nn.module import logical_axes, merge, split
 from llmlab.objectives import NextToken
 from llmlab.optim import SGD, AdamW, Linear, Optimizer
 from llmlab.sharding import Mesh
+from llmlab.sharding.memory import check_host_memory
 from llmlab.training.state import Layout, LossScale, TrainState, new_state
 from llmlab.training.step import batch_shardings, make_evaluate_step, make_train_step
 
@@ -42,6 +43,7 @@ def train(
     *,
     mesh: Mesh | None = None,
     optimizer: Optimizer | None = None,
+    offload: bool = False,
     **settings: Any,
 ) -> tuple[TrainState, list[dict[str, float]]]:
     """The state and metrics after a step on each batch."""
@@ -51,7 +53,7 @@ def train(
     state = new_state(params, transformation, precision=precision, ema=ema)
     if mesh is not None:
         built = mesh.build(jax.devices())
-        layout = Layout.of(state, logical_axes(model), built)
+        layout = Layout.of(state, logical_axes(model), built, offload_optimizer=offload)
         state = jax.device_put(state, layout.state)
         where = batch_shardings(batches[0], built)
         batches = [jax.device_put(batch, where) for batch in batches]
@@ -103,6 +105,32 @@ def test_sharded_training_equals_one_device_averages_and_dropout_included(
     single, expected = train(make_model(0.2), batches, **settings)
     assert_equal_trees(metrics, expected, rtol=1e-5)
     assert_equal_trees(sharded, single, **SAME)
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_an_offloaded_optimizer_state_waits_in_the_hosts_memory_and_gives_the_same_bits(
+    precision: str, make_model: Callable[..., Any], make_batch: Callable[..., Batch]
+) -> None:
+    batches = [make_batch(seed) for seed in range(3)]
+    settings: dict[str, Any] = {"mesh": Mesh(data=2, fsdp=4), "precision": precision}
+    here, metrics = train(make_model(), batches, **settings)
+    there, metrics_there = train(make_model(), batches, offload=True, **settings)
+    assert metrics_there == metrics
+    jax.tree.map(np.testing.assert_array_equal, there, here)
+    kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(there.optimizer_state) if leaf.ndim}
+    assert kinds == {"pinned_host"}
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(there.params)} == {"device"}
+
+
+def test_offloading_where_there_is_no_memory_for_it_is_the_users_error() -> None:
+    class Device:
+        device_kind = "abacus"
+
+        def addressable_memories(self) -> list[Any]:
+            return []
+
+    with pytest.raises(ValueError, match=r"offload_optimizer needs memory of kind 'pinned_host', which abacus.* none"):
+        check_host_memory([Device()], "train.offload_optimizer")
 
 
 def test_dropout_is_active_and_differs_between_steps_and_seeds(
