@@ -152,7 +152,7 @@ class Program:
         return num_parameters(self.state.params)
 
 
-def _put(array: jax.Array, where: jax.sharding.Sharding) -> jax.Array:
+def _put(array: jax.Array | np.ndarray, where: jax.sharding.Sharding) -> jax.Array:
     """An array that every process has, laid out over the devices of all."""
     if where.is_fully_addressable:
         return jax.device_put(array, where)
