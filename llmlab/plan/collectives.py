@@ -48,6 +48,8 @@ class Collective:
     """Positions in the mesh of the chips of each group."""
     source: str
     """Where in the program it comes from."""
+    gathers: bool = False
+    """Whether it is an all-reduce of shares put into zeros: a gather that sends twice as much as an all-gather."""
 
     @property
     def sent_bytes(self) -> float:
@@ -142,4 +144,5 @@ def _collective(kind: str, run: Run, sizes: Mapping[str, int], slice_of: Sequenc
         full_bytes=held * group_size if kind == "all-gather" else held,
         groups=groups,
         source=instruction.source,
+        gathers=kind == "all-reduce" and any("dynamic-update-slice" in name for name in instruction.operands),
     )

@@ -73,7 +73,7 @@ def plan(program: Program, topology: Topology, *, stage: Stage = lambda name: No
         ),
         traffic=tuple(grouped(found, topology, coords)),
         times=roofline(topology, done, found, model_flops, coords),
-        warnings=tuple([*whole_arrays(program), *uncounted(done, unknown_loops)]),
+        warnings=tuple([*whole_arrays(program), *dear_gathers(found), *uncounted(done, unknown_loops)]),
         compile_seconds=time.perf_counter() - began,
     )
 
@@ -102,9 +102,7 @@ def held(program: Program, topology: Topology) -> Memory:
 
 def bytes_per_device(tree: Any) -> int:
     """Bytes of a device's share of all arrays of a tree of jax.ShapeDtypeStruct with shardings."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
-    )
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def with_compiler(memory: Memory, analysis: Any) -> Memory:
@@ -120,9 +118,7 @@ def with_compiler(memory: Memory, analysis: Any) -> Memory:
     )
 
 
-def grouped(
-    found: Iterable[Collective], topology: Topology, coords: Sequence[tuple[int, ...]]
-) -> list[Traffic]:
+def grouped(found: Iterable[Collective], topology: Topology, coords: Sequence[tuple[int, ...]]) -> list[Traffic]:
     """Collectives summed by kind and axes, most bytes first."""
     rows: dict[tuple[str, tuple[str, ...], bool], list[Collective]] = defaultdict(list)
     for collective in found:
@@ -159,10 +155,25 @@ def whole_arrays(program: Program, at_least: int = 64 * 2**20) -> list[str]:
     return [f"every chip holds {total:.2f} GiB of arrays whole: {names}{more}; mesh.fsdp splits them"]
 
 
+def dear_gathers(found: Sequence[Collective]) -> list[str]:
+    """A warning for gathers that the compiler made all-reduces of."""
+    dear = [collective for collective in found if collective.gathers]
+    sent = sum(collective.times * collective.sent_bytes for collective in dear)
+    if sent < GIB:
+        return []
+    axes = " and ".join(dict.fromkeys(axis for collective in dear for axis in collective.axes))
+    return [
+        f"arrays are gathered over {axes} by all-reduces, {sent / GIB:.0f} GiB where half would do: the compiler does so "
+        "where a chip's share of a dimension is no multiple of 128; fewer chips on that axis are better"
+    ]
+
+
 def uncounted(done: Work, unknown_loops: Sequence[str]) -> list[str]:
     """Warnings about what the counts above leave out."""
     found = [f"the FLOPs of kernel {name} are unknown and not counted" for name in sorted(done.unknown_kernels)]
-    return found + [f"the trip count of loop {loop} does not show; it counts once" for loop in dict.fromkeys(unknown_loops)]
+    return found + [
+        f"the trip count of loop {loop} does not show; it counts once" for loop in dict.fromkeys(unknown_loops)
+    ]
 
 
 _SIZE = r"([\d.]+)([KMGT]?)i?B?"

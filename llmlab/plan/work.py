@@ -22,9 +22,30 @@ from llmlab.plan.hlo import Computation, Instruction, Module, Shape
 
 # Nothing is read or written: names for what there is already, or work that its parts do.
 _FREE = frozenset(
-    "parameter constant tuple get-tuple-element bitcast while conditional call after-all opt-barrier partition-id "
-    "replica-id add-dependency async-update async-done copy-done all-gather-done all-reduce-done "
-    "collective-permute-done custom-call-done domain iota".split()
+    [
+        "parameter",
+        "constant",
+        "tuple",
+        "get-tuple-element",
+        "bitcast",
+        "while",
+        "conditional",
+        "call",
+        "after-all",
+        "opt-barrier",
+        "partition-id",
+        "replica-id",
+        "add-dependency",
+        "async-update",
+        "async-done",
+        "copy-done",
+        "all-gather-done",
+        "all-reduce-done",
+        "collective-permute-done",
+        "custom-call-done",
+        "domain",
+        "iota",
+    ]
 )
 _SLICES = frozenset({"dynamic-slice", "slice", "gather"})
 
