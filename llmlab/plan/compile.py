@@ -73,7 +73,7 @@ def plan(program: Program, topology: Topology, *, stage: Stage = lambda name: No
         ),
         traffic=tuple(grouped(found, topology, coords)),
         times=roofline(topology, done, found, model_flops, coords),
-        warnings=tuple([*whole_arrays(program), *dear_gathers(found), *uncounted(done, unknown_loops)]),
+        warnings=(*whole_arrays(program), *dear_gathers(found), *uncounted(done, unknown_loops)),
         compile_seconds=time.perf_counter() - began,
     )
 

@@ -11,6 +11,7 @@
 Numbers are positions in the mesh, flattened: device i of `mesh.devices.flat`.
 """
 
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -75,7 +76,7 @@ def _along(mesh: re.Match[str]) -> Groups:
     for name, size in sizes.items():
         mine = [(before, length) for axis, before, length in wanted if axis == name]
         cuts = sorted({1, size, *(b for b, _ in mine), *(b * n for b, n in mine)})
-        for low, high in zip(cuts[:-1], cuts[1:], strict=True):
+        for low, high in itertools.pairwise(cuts):
             parts.append((name, high // low, any(b <= low and high <= b * n for b, n in mine)))
     grid = devices.reshape([size for _, size, _ in parts] or [1])
     inside = [i for i, (_, _, along) in enumerate(parts) if along]
