@@ -49,6 +49,13 @@ def main(argv: Sequence[str]) -> int:
 
     topology = Topology.parse(arguments.topology, experiment.mesh.slices)
     check_compiler()
+    if arguments.search:
+        from llmlab.commands import plan_search
+
+        experiment.validate()
+        return plan_search.run(
+            experiment, path, topology, at_once=arguments.at_once, limit=arguments.limit, as_json=arguments.json
+        )
     experiment.validate(num_devices=topology.num_chips)
     return _single(experiment, path, topology, as_json=arguments.json)
 
@@ -65,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--topology", metavar="NAME", help="TPU chips and how they are wired: v5p:4x4x4, v5e:4x8")
     parser.add_argument("--search", action="store_true", help="try meshes x remat x microbatches, and rank what fits")
     parser.add_argument("--at-once", type=int, default=2, metavar="N", help="compilations side by side (2)")
+    parser.add_argument("--limit", type=int, default=12, metavar="N", help="how many choices to compile (12)")
     parser.add_argument("--memory", metavar="SIZE", help="memory of a device, for the arithmetic alone: 80GB")
     parser.add_argument("--devices", type=int, default=1, metavar="N", help="how many such devices (1)")
     parser.add_argument("--json", action="store_true", help="print a JSON object")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from llmlab.optim import Optimizer
 
 USABLE = 0.92
-"""Part of the memory that arithmetic may fill: the driver, the allocator's gaps and what is not counted take the rest."""
+"""Part of the memory that arithmetic may fill; driver, allocator and what is not counted take the rest."""
 
 _SHOWN = 12
 
@@ -59,7 +59,8 @@ def run(experiment: "Experiment", path: Path, memory: int, devices: int, *, as_j
         found = sorted(choices(arithmetic, devices), key=lambda choice: choice.cost)
     if not found:
         raise ValueError(
-            f"train.batch_size={experiment.train.batch_size} cannot be shared by {devices} devices; use a multiple of it"
+            f"train.batch_size={experiment.train.batch_size} cannot be shared by {devices} devices; "
+            f"use a multiple of {devices}"
         )
     fitting = [choice for choice in found if choice.memory.total <= USABLE * memory]
     if as_json:

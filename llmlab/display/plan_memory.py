@@ -14,8 +14,8 @@ _STATE = ("parameters", "optimizer", "gradients")
 _STEP = ("copy", "activations", "layer", "logits")
 _NOTE = (
     "parameters, optimizer and gradients are exact; copy: parameters in the type of the arithmetic; activations: what "
-    "jax keeps for one microbatch; layer: one layer's backward pass; logits: a chunk of scores. Within a factor of 2 of "
-    "what a compiler needs, mostly less."
+    "jax keeps for one microbatch; layer: one layer's backward pass; logits: a chunk of scores. Within a factor of 2 "
+    "of what a compiler needs, mostly less."
 )
 
 

@@ -163,8 +163,8 @@ def dear_gathers(found: Sequence[Collective]) -> list[str]:
         return []
     axes = " and ".join(dict.fromkeys(axis for collective in dear for axis in collective.axes))
     return [
-        f"arrays are gathered over {axes} by all-reduces, {sent / GIB:.0f} GiB where half would do: the compiler does so "
-        "where a chip's share of a dimension is no multiple of 128; fewer chips on that axis are better"
+        f"arrays are gathered over {axes} by all-reduces, {sent / GIB:.0f} GiB where half would do: the compiler does "
+        "so where a chip's share of a dimension is no multiple of 128; fewer chips on that axis are better"
     ]
 
 

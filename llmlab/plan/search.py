@@ -1,7 +1,7 @@
 """What to try: mesh shapes x remat policies x microbatches, and in which order.
 
-A candidate must be possible (axes divide what they split), then fit by arithmetic (llmlab.plan.memory), and only then is
-worth a compilation. Those that fit are tried in the order of a quick estimate of the time of a step:
+A candidate must be possible (axes divide what they split), then fit by arithmetic (llmlab.plan.memory), and only then
+is it worth a compilation. Those that fit are tried in the order of a quick estimate of the time of a step:
 
     compute    model FLOPs x recomputation / (chips x peak), recomputation 4/3 for "full", 1.1 for "dots"
     data       gradients, all-reduced in the type of the arithmetic, once a step

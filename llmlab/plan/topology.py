@@ -19,6 +19,8 @@ ENVIRONMENT = {
     "TPU_ACCELERATOR_TYPE": "v5p-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several compile at once; there is no TPU to quarrel about
+    "XLA_FLAGS": "",  # the caller's are for another backend
+    "JAX_ENABLE_COMPILATION_CACHE": "false",  # what is kept is the answer, not the program
     "TF_CPP_MIN_LOG_LEVEL": "1",  # warnings: what the partitioner gives up on is one
 }
 """For the process that compiles."""
