@@ -5,7 +5,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from llmlab.commands.plan_worker import settled
-from llmlab.plan.memory import Estimate, Kept, Setting, State, estimate, kept
+from llmlab.plan.memory import Estimate, Setting, State, estimate, kept
 
 if TYPE_CHECKING:
     from llmlab.experiment import Experiment
@@ -21,7 +21,7 @@ class Arithmetic:
         self.experiment = experiment
         self.model, self.batch = settled(experiment)
         self.graphdef, self.params, self.axes = self.model.abstract()
-        self._kept: dict[tuple[str, str], Kept] = {}
+        self._kept: dict[tuple[str, str], int] = {}
         self._states: dict[str, State] = {}
 
     @property
@@ -69,8 +69,8 @@ class Arithmetic:
             self._states[name] = State(params=self.params, axes=self.axes, optimizer=shapes, optimizer_axes=axes)
         return self._states[name]
 
-    def kept(self, remat: str, precision: str) -> Kept:
-        """What the backward pass needs of the forward pass, on an accelerator."""
+    def kept(self, remat: str, precision: str) -> int:
+        """Bytes that the backward pass needs of the forward pass for each row, on an accelerator."""
         import jax
 
         from llmlab.nn.module import merge

@@ -94,7 +94,17 @@ def gib(size: float) -> str:
     """Bytes for people: "12.3 GiB", "870 MiB"."""
     if size >= GIB:
         return f"{size / GIB:.2f} GiB"
-    return f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size / 1024:.1f} KiB"
+    if size >= 2**20:
+        return f"{size / 2**20:.1f} MiB"
+    return f"{size / 1024:.1f} KiB" if size >= 1024 else f"{size:.0f} B"
+
+
+def large(flops: float) -> str:
+    """FLOPs for people: "48.3 PFLOP"."""
+    unit, name = next(
+        (pair for pair in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G")) if flops >= pair[0]), (1e6, "M")
+    )
+    return f"{flops / unit:.4g} {name}FLOP"
 
 
 def _slices(plan: Plan) -> str:
@@ -111,9 +121,9 @@ def _flops(plan: Plan) -> RenderableType:
     table.add_column("name", style="bold", no_wrap=True)
     table.add_column("value", justify="right", no_wrap=True)
     table.add_column("what")
-    table.add_row("model FLOPs", count(flops.model), "a step: 2 for each multiply-add, every key counted, 3 x forward")
+    table.add_row("model FLOPs", large(flops.model), "a step: 2 for each multiply-add, every key counted, 3 x forward")
     kernels = f", {flops.kernels / flops.compiled:.0%} in kernels" if flops.kernels else ""
-    table.add_row("compiled FLOPs", count(flops.compiled), f"matrix products x loop trips{kernels}")
+    table.add_row("compiled FLOPs", large(flops.compiled), f"matrix products x loop trips{kernels}")
     what = "what rematerialisation, attention's backward kernels and the optimizer's products add"
     table.add_row("ratio", f"{flops.ratio:.3f}", what)
     return table

@@ -30,39 +30,21 @@ BATCH_AXES = ("data", "fsdp", "expert")
 _ITEM = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Kept:
-    """What the backward pass needs of the forward pass, in bytes, before it is split over devices."""
-
-    per_row: int
-    """For each row of the batch."""
-    constant: int
-    """Whatever the batch: the cast parameters among it."""
-
-
-def kept(loss: Callable[[Any, Any], Any], params: Any, batch: Mapping[str, Any]) -> Kept:
-    """What jax keeps between the forward and the backward pass of a loss.
+def kept(loss: Callable[[Any, Any], Any], params: Any, batch: Mapping[str, Any]) -> int:
+    """Bytes that jax keeps between the forward and the backward pass of a loss for each row of a batch.
 
     Args:
         loss: (params, batch) -> scalar.
         params: shapes.
         batch: arrays or shapes; only the dimensions behind the first count.
     """
-    one, two = (_residuals(loss, params, _rows(batch, rows)) for rows in (1, 2))
-    return Kept(per_row=two - one, constant=2 * one - two)
 
+    def residuals(rows: int) -> int:
+        shapes = {name: jax.ShapeDtypeStruct((rows, *array.shape[1:]), array.dtype) for name, array in batch.items()}
+        backward = jax.eval_shape(lambda p, b: jax.vjp(lambda p: loss(p, b), p)[1], params, shapes)
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(backward))
 
-def _residuals(loss: Callable[[Any, Any], Any], params: Any, batch: Mapping[str, Any]) -> int:
-    backward = jax.eval_shape(lambda params: jax.vjp(lambda p: loss(p, batch), params)[1], params)
-    own = {(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(params)}
-    arrays = [leaf for leaf in jax.tree.leaves(backward) if (leaf.shape, leaf.dtype) not in own]
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in arrays)
-
-
-def _rows(batch: Mapping[str, Any], rows: int) -> dict[str, Any]:
-    import jax.numpy as jnp
-
-    return {name: jnp.zeros((rows, *array.shape[1:]), array.dtype) for name, array in batch.items()}
+    return residuals(2) - residuals(1)  # parameters, cast or not, are there in both
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,14 +94,14 @@ class Setting:
     """Elements of a chunk of scores, over all devices."""
 
 
-def estimate(state: State, setting: Setting, activations: Kept, without_remat: Kept) -> Estimate:
+def estimate(state: State, setting: Setting, activations: int, without_remat: int) -> Estimate:
     """The memory of a step.
 
     Args:
         state: parameters and the optimizer's state.
         setting: mesh, batch and precision.
-        activations: what is kept under the setting's remat policy.
-        without_remat: what would be kept under none, of which one layer's share is alive while it is recomputed.
+        activations: bytes that a row keeps under the setting's remat policy.
+        without_remat: what it would keep under none, of which one layer's share is alive while it is recomputed.
     """
     sizes, zero = setting.mesh.resolve(setting.num_devices), setting.mesh.zero
     item, rules = _ITEM[setting.precision], setting.mesh.table
@@ -137,8 +119,8 @@ def estimate(state: State, setting: Setting, activations: Kept, without_remat: K
         optimizer=share(state.optimizer, state.optimizer_axes, rules, sizes),
         gradients=gradients * item // 4 + (gradients if accumulating else 0),
         copy=0 if item == 4 else parameters * item // 4,
-        activations=round(activations.per_row * rows / others),
-        layer=round(without_remat.per_row * rows / others / setting.num_layers) + gathered,
+        activations=round(activations * rows / others),
+        layer=round(without_remat * rows / others / setting.num_layers) + gathered,
         logits=setting.logits * (4 + item) // setting.num_devices,
     )
 
