@@ -40,11 +40,12 @@ def main(argv: Sequence[str]) -> int:
 
     path: Path = arguments.experiment
     experiment = parse(read_experiment(path), flags, prog=f"llmlab plan {path}", file=path.name)
-    if arguments.topology is None:
+    memory: str | None = arguments.memory
+    if memory is not None:
         from llmlab.commands.plan_memory import run
         from llmlab.plan.memory import parse_size
 
-        return run(experiment, path, parse_size(arguments.memory), arguments.devices, as_json=arguments.json)
+        return run(experiment, path, parse_size(memory), arguments.devices, as_json=arguments.json)
     from llmlab.plan.topology import Topology, check_compiler
 
     topology = Topology.parse(arguments.topology, experiment.mesh.slices)

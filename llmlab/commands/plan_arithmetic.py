@@ -10,6 +10,7 @@ from llmlab.plan.memory import Estimate, Setting, State, estimate, kept
 if TYPE_CHECKING:
     from llmlab.experiment import Experiment
     from llmlab.optim import Optimizer
+    from llmlab.training.step import Precision
 
 POLICIES = ("none", "dots", "full")
 
@@ -69,7 +70,7 @@ class Arithmetic:
             self._states[name] = State(params=self.params, axes=self.axes, optimizer=shapes, optimizer_axes=axes)
         return self._states[name]
 
-    def kept(self, remat: str, precision: str) -> int:
+    def kept(self, remat: str, precision: "Precision") -> int:
         """Bytes that the backward pass needs of the forward pass for each row, on an accelerator."""
         import jax
 
@@ -95,7 +96,7 @@ class Arithmetic:
         num_devices: int,
         remat: str,
         accumulation: int,
-        precision: str,
+        precision: "Precision",
         optimizer: "Optimizer | None" = None,
     ) -> Estimate:
         """Memory of a device with these choices in place of the experiment's."""

@@ -15,6 +15,7 @@ from llmlab.sharding import Mesh
 if TYPE_CHECKING:
     from llmlab.experiment import Experiment
     from llmlab.optim import Optimizer
+    from llmlab.training.step import Precision
 
 USABLE = 0.92
 """Part of the memory that arithmetic may fill; driver, allocator and what is not counted take the rest."""
@@ -30,7 +31,7 @@ class Choice:
     own: bool
     """Whether the optimizer is the experiment's."""
     mesh: Mesh
-    precision: str
+    precision: "Precision"
     remat: str
     accumulation: int
     memory: Estimate
@@ -82,7 +83,7 @@ def run(experiment: "Experiment", path: Path, memory: int, devices: int, *, as_j
 def choices(arithmetic: Arithmetic, devices: int) -> list[Choice]:
     """All that are possible."""
     experiment = arithmetic.experiment
-    precisions = dict.fromkeys(["bfloat16", experiment.train.precision, "float32"])
+    precisions: dict[Precision, None] = dict.fromkeys(("bfloat16", experiment.train.precision, "float32"))
     found = []
     for optimizer in optimizers(experiment.optimizer):
         for mesh in meshes(experiment.mesh, devices):

@@ -78,11 +78,12 @@ def plan(program: Program, topology: Topology, *, stage: Stage = lambda name: No
     )
 
 
-def read(text: str, program: Program) -> tuple[list[Collective], Work, list[str], list[tuple[int, ...]]]:
+def read(text: str | None, program: Program) -> tuple[list[Collective], Work, list[str], list[tuple[int, ...]]]:
     """Collectives, work of a chip, loops of unknown length, and the place of every device in its slice."""
     module = Module.parse(text)
     devices = list(program.placement.mesh.devices.flat)
-    slices = [getattr(device, "slice_index", None) for device in devices] if _several_slices(devices) else []
+    indices = [getattr(device, "slice_index", None) or 0 for device in devices]  # v4 devices have none
+    slices = indices if len(set(indices)) > 1 else []
     found = collectives(module, dict(program.placement.mesh.shape), slices)
     done = work(module)
     return found, done, list(module.unknown_loops), [tuple(device.coords) for device in devices]
@@ -203,7 +204,3 @@ def remarks(stderr: str) -> list[str]:
 def versions() -> dict[str, str]:
     """Of what decides the result."""
     return {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")}
-
-
-def _several_slices(devices: Sequence[Any]) -> bool:
-    return len({getattr(device, "slice_index", None) for device in devices}) > 1

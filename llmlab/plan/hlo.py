@@ -149,11 +149,15 @@ class Module:
     """Sources of loops whose trip count does not show, which count once; filled by `runs`."""
 
     @classmethod
-    def parse(cls, text: str) -> "Module":
-        """The module that `compiled.as_text()` printed."""
+    def parse(cls, text: str | None) -> "Module":
+        """The module that `compiled.as_text()` printed.
+
+        Raises:
+            ValueError: it is none; None is what jax gives where the compiler's version is not the one it knows.
+        """
         computations: dict[str, Computation] = {}
         entry, current = "", None
-        for line in text.splitlines():
+        for line in (text or "").splitlines():
             if current is None:
                 if header := _HEADER.match(line):
                     current = computations[header[2]] = Computation(header[2])

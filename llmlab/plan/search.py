@@ -96,7 +96,7 @@ def candidates(
     """Every possible one, with powers of two as microbatches."""
     rest = num_devices // math.prod(max(1, mesh.sizes()[axis]) for axis in mesh.sizes() if axis not in AXES_TRIED)
     for shape in factorizations(rest, len(AXES_TRIED)):
-        sizes = dict(zip(AXES_TRIED, shape, strict=True))
+        sizes: dict[str, int] = dict(zip(AXES_TRIED, shape, strict=True))
         if (sizes["data"] * sizes["fsdp"]) % slices:
             continue
         for exponent in range(8):

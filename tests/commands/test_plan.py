@@ -128,8 +128,9 @@ def test_the_table_says_what_the_plan_says() -> None:
             warnings=("look out",),
         )
     )
-    for part in ("data=2 x tensor=2", "600.0 MiB of 1000.0 MiB", "fits, 40% free", "1.500", "between slices",
-                 "bound by between slices", "MFU 25.0%", "10.0% if nothing does", "warning: look out", "1.0 MiB"):  # fmt: skip
+    for part in ("data=2 x tensor=2", "600.0 MiB of 1000.0 MiB", "fits, 40% free", "1.500", "look out", "1.0 MiB"):
+        assert part in text, text
+    for part in ("between slices", "bound by between slices", "MFU 25.0%", "10.0% if nothing does"):
         assert part in text, text
     bar = next(line for line in text.splitlines() if line.startswith("["))
     assert (bar.count("p"), bar.count("o"), bar.count(".")) == (12, 24, 24)

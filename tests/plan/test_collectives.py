@@ -177,14 +177,14 @@ def test_bytes_sent_follow_the_table() -> None:
 # --- a decoder's train step ------------------------------------------------------------------------------------------
 
 
-def step(**mesh: int) -> tuple[Program, Any]:
+def step(mesh: Mesh) -> tuple[Program, Any]:
     """A decoder's program in float32 and its compiled step, on 8 devices."""
     model = llama(embed_dim=DIM, num_layers=LAYERS, num_heads=8, num_kv_heads=8, hidden_dim=HIDDEN, vocab_size=VOCAB)
     program = Program.build(
         dataclasses.replace(model, execution=Execution(mode="scan")),
         NextToken(),
         AdamW(peak_lr=1e-3, schedule=Constant()),
-        Mesh(**mesh).build(jax.devices()),
+        mesh.build(jax.devices()),
         Train(steps=10, batch_size=ROWS, sequence_length=LENGTH),
         {name: np.zeros((ROWS, LENGTH), np.int32) for name in ("input_ids", "labels", "segment_ids", "position_ids")},
     )
@@ -210,7 +210,7 @@ def check(program: Program, compiled: Any) -> None:
 
 
 def test_pure_data_parallelism_reduces_every_gradient_once() -> None:
-    program, compiled = step(data=8)
+    program, compiled = step(Mesh(data=8))
     check(program, compiled)
     rows, gradients = totals(program, compiled), 4 * program.num_parameters
     assert set(rows) == {("all-reduce", ("data",))}
@@ -218,7 +218,7 @@ def test_pure_data_parallelism_reduces_every_gradient_once() -> None:
 
 
 def test_pure_fsdp_gathers_layers_forward_and_backward_and_reduces_every_gradient_once() -> None:
-    program, compiled = step(data=1, fsdp=8)
+    program, compiled = step(Mesh(data=1, fsdp=8))
     check(program, compiled)
     rows, tables = totals(program, compiled), 2 * VOCAB * DIM  # embedding and head are needed once
     assert rows["all-gather", ("fsdp",)] == 4 * (2 * (program.num_parameters - tables) + tables)
@@ -228,7 +228,7 @@ def test_pure_fsdp_gathers_layers_forward_and_backward_and_reduces_every_gradien
 
 
 def test_pure_tensor_parallelism_gathers_and_sums_the_residual_stream() -> None:
-    program, compiled = step(data=1, tensor=8)
+    program, compiled = step(Mesh(data=1, tensor=8))
     check(program, compiled)
     rows = totals(program, compiled)
     table = VOCAB * DIM  # the embedding, gathered to look tokens up; its gradient is summed

@@ -41,6 +41,7 @@ def test_a_product_in_nested_loops_counts_once_for_every_trip() -> None:
 
 def test_a_trip_count_that_the_compiler_did_not_record_is_read_from_the_condition() -> None:
     text = jax.jit(nested).lower(shape(4, 6), shape(5, 6, 6), shape(3, 6, 6)).compile().as_text()
+    assert text is not None
     assert "known_trip_count" in text
     stripped = Module.parse(text.replace("known_trip_count", "unknown"))
     assert {run.times for run in stripped.runs() if run.instruction.opcode == "dot"} == {5, 15}
