@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from llmlab.experiment import Experiment
     from llmlab.plan.topology import Topology
 
-SLACK = 1.2
-"""A candidate that needs more than this times the memory by arithmetic is not compiled."""
+SLACK = 1.0
+"""A candidate that needs more than this times the memory by arithmetic is not compiled: the compiler mostly needs a
+tenth more than arithmetic says."""
 
 
 @dataclass(frozen=True, kw_only=True)

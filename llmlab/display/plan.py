@@ -54,7 +54,7 @@ def memory(held: Memory, *, ascii_only: bool = False) -> RenderableType:
         rest = max(0, held.needed - held.arguments)
         shown.append((("temporaries", "▒", "t", "yellow"), rest))
     share = held.total / held.capacity
-    verdict = (f"fits, {1 - share:.0%} free", "green") if held.fits else ("does not fit", "bold red")
+    verdict = (f"fits, {max(0.0, 1 - share):.0%} free", "green") if held.fits else ("does not fit", "bold red")
     line = Text.assemble(
         ("memory of a chip  ", "bold"),
         f"{gib(held.total)} of {gib(held.capacity)}  ",

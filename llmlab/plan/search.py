@@ -11,7 +11,8 @@ is it worth a compilation. Those that fit are tried in the order of a quick esti
     sequence   keys and values once around the ring, forward and twice backward
     expert     tokens to their experts and back, forward and backward
 
-with the longer of compute and the sum of the rest, on the links of one dimension of the torus. It decides what is
+taking the longer of compute and the sum of the rest, on the links of one dimension of the torus, and a fifth of the
+shorter. It decides what is
 compiled first, nothing else: candidates that were compiled are ranked by their own roofline.
 """
 
@@ -147,8 +148,10 @@ def quick_seconds(candidate: Candidate, sizes: Sizes, topology: Topology) -> flo
         sent("all-gather", ways["sequence"], 2 * stream * ways["sequence"] / ways["tensor"]) * (3 + again),
         sent("all-to-all", ways["expert"], 2 * stream) * (2 + again),
     ]
-    # A microbatch's start and end are not overlapped: a small price, so that fewer are preferred.
-    return max(compute, sum(travels) / (2 * chip.link_bandwidth)) * (1 + 0.01 * math.log2(candidate.accumulation))
+    travel = sum(travels) / (2 * chip.link_bandwidth)
+    # Overlap is never perfect, and a microbatch's start and end are not overlapped: of two that take as long by their
+    # longest part, the one that sends less in fewer pieces is tried first.
+    return max(compute, travel) + 0.2 * min(compute, travel) + 0.01 * compute * math.log2(candidate.accumulation)
 
 
 def spread(ordered: Sequence[Candidate], limit: int) -> list[Candidate]:
