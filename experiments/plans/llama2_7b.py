@@ -6,8 +6,8 @@ Command  llmlab plan experiments/plans/llama2_7b.py --topology v5p:4x4x4
 Cost     half a minute on 2 CPU cores and no TPU: pip install 'llmlab[tpu]' brings the compiler
 Result   holds by the compiler's own numbers; nothing was run (2026-11-25, jax 0.10.2, libtpu 0.0.42.1):
 
-memory of a chip  51.44 GiB of 95.74 GiB  fits, 46% free
-  parameters   803.3 MiB   optimizer 1.57 GiB   temporaries 49.05 GiB (by arithmetic: 49.8)   program 28.7 MiB
+memory of a chip  47.85 GiB of 95.74 GiB  fits, 50% free
+  parameters   803.3 MiB   optimizer 1.57 GiB   temporaries 45.47 GiB (by arithmetic: 49.8)   program 28.7 MiB
 
 model FLOPs     48.32 PFLOP  a step: 2 for each multiply-add, every key counted, 3 x forward
 compiled FLOPs  53.95 PFLOP  matrix products x loop trips, 23% in kernels (splash attention)
@@ -25,9 +25,9 @@ memory         377 ms    bytes moved / 2,765 GB/s
 interconnect  81.5 ms    bytes that leave a chip / (links x 90 GB/s)
 bound by compute: 1.84 s a step at best, 8,921 tokens/s a chip, MFU 89.6% if everything overlaps, 71.7% if nothing does
 
-Two choices matter more than the rest. --mesh.data 1 --mesh.fsdp 64 leaves a chip 64 of 4,096 rows of a matrix, less than
-the 128 of a tile, and the compiler gathers with all-reduces that send twice as much. And an objective that scores a row
-in chunks gathers the head for each of them: with the default chunk, 241 times a step.
+Two choices matter more than the rest. --mesh.data 1 --mesh.fsdp 64 leaves a chip 64 of 4,096 rows of a matrix, less
+than the 128 of a tile, and the compiler gathers with all-reduces that send twice as much. And an objective that scores
+a row in chunks gathers the head for each of them: with the default chunk, 241 times a step.
 """
 
 import dataclasses

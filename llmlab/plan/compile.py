@@ -107,13 +107,16 @@ def bytes_per_device(tree: Any) -> int:
 
 
 def with_compiler(memory: Memory, analysis: Any) -> Memory:
-    """Completed by what the compiler says of itself (`compiled.memory_analysis()`)."""
-    results = analysis.output_size_in_bytes - analysis.alias_size_in_bytes  # those that take no argument's place
+    """Completed by what the compiler says of itself (`compiled.memory_analysis()`).
+
+    Its `temp_size_in_bytes` sums what is not all there at once, and a program may have more than the chip has; its
+    peak, arguments included, is what it checks against the chip.
+    """
     return Memory(
         **{
             **vars(memory),
             "padding": analysis.argument_size_in_bytes - memory.arguments,
-            "temporaries": analysis.temp_size_in_bytes + results,
+            "temporaries": max(0, analysis.peak_memory_in_bytes - analysis.argument_size_in_bytes),
             "program": analysis.generated_code_size_in_bytes,
         }
     )

@@ -22,7 +22,7 @@ class Memory:
     padding: int = 0
     """What the compiler adds to those, to fill its tiles."""
     temporaries: int = 0
-    """Activations, gradients and everything else that lives within a step."""
+    """Activations, gradients and everything else that lives within a step, where they are most."""
     program: int = 0
     """The code itself."""
     needed: int | None = None
@@ -42,8 +42,8 @@ class Memory:
 
     @property
     def fits(self) -> bool:
-        """Whether the compiler found room for it; `total` may be a little more where parts share memory."""
-        return self.needed is None
+        """Whether the chip has that much."""
+        return self.needed is None and self.total <= self.capacity
 
 
 @dataclass(frozen=True, kw_only=True)
