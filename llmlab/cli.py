@@ -20,6 +20,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     "Experiment": {
         "train": ("llmlab.commands.train", "train the model of an experiment file; the same command resumes"),
         "config": ("llmlab.commands.config", "print an experiment's resolved config, or how two experiments differ"),
+        "plan": ("llmlab.commands.plan", "compile it for TPUs that are not here: memory, FLOPs, collectives, roofline"),
         "schedule": ("llmlab.commands.schedule", "draw an experiment's learning rate over the run"),
     },
     "Look at results": {

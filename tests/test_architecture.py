@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evals": {"infer", "tokenizers"},
     "study": {"training", "evals"},
     "plan": {"training", "sharding"},
-    "display": {"training"},
+    "display": {"training", "plan"},
     "interpret": {"models", "infer", "training"},
     "privacy": {"models", "infer", "training"},
     "retrieval": {"models", "infer", "training"},

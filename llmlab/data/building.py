@@ -82,7 +82,7 @@ def build(
             _check_others([*train, *validation])
         corrupter = corruption.build(tokenizer, sequence_length)
         if not data.isolate:
-            corrupter = _without_segments(corrupter)
+            corrupter = without_segments(corrupter)
         stream, table = CorruptedStream(stream, corrupter, seed), CorruptedTable(table, corrupter)
         scored, bytes_per_token = _sizes(validation), None
         made_from.append(repr(corruption))
@@ -119,7 +119,7 @@ def _baselines(
     return {"unigram": unigram}
 
 
-def _without_segments(corrupter: Corrupter) -> Corrupter:
+def without_segments(corrupter: Corrupter) -> Corrupter:
     """Rows in which documents are not kept apart say where padding is as rows of a single text do."""
 
     def corrupt(row: Row, draws: Draws, other: Callable[[], Row]) -> Row:

@@ -147,6 +147,18 @@ def weights_of(
     return counted if weights is None else counted * weights.astype(jnp.float32)
 
 
+def default_chunk(batch_size: int, vocab_size: int, platform: str) -> int:
+    """Positions of every row that are scored at once where nothing else is asked for.
+
+    Args:
+        batch_size: rows, over all devices.
+        vocab_size: entries that the head scores.
+        platform: "cpu", or any other for an accelerator.
+    """
+    elements, tokens = _CHUNK.get(platform, _CHUNK_ACCELERATOR)
+    return math.ceil(max(elements // vocab_size, tokens) / batch_size)
+
+
 def _in_chunks(
     hidden: jax.Array, project: Project, labels: jax.Array, weights: jax.Array, chunk: int | None
 ) -> "Chunk":
@@ -158,8 +170,7 @@ def _in_chunks(
     batch_size, length = labels.shape
     if chunk is None:
         vocab_size = jax.eval_shape(project, hidden[:, :1]).shape[-1]
-        elements, tokens = _CHUNK.get(jax.default_backend(), _CHUNK_ACCELERATOR)
-        chunk = math.ceil(max(elements // vocab_size, tokens) / batch_size)
+        chunk = default_chunk(batch_size, vocab_size, jax.default_backend())
     num = math.ceil(length / chunk)
     if num == 1:
         return hidden[None], labels[None], weights[None]

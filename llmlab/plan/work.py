@@ -1,0 +1,227 @@
+"""What one chip computes and moves in a step, counted in the compiled program: loops times their trips.
+
+FLOPs are those of matrix products: 2 for each multiply-add of every dot and convolution, also inside fusions. The TPU
+compiler writes a product of matrices as a convolution with a window that slides over padding; places where the window
+is over padding do no work and do not count. Kernels (Pallas) are opaque to the compiler and cost what the table below
+says. Splash attention counts every pair of query and key, masked or not, as the models' own formula does; the kernel
+skips blocks that a causal mask hides, so it does up to half of that.
+
+Bytes are those between the chip's main memory and its compute units: what each instruction outside of fusions reads
+and writes, a fusion's inside being free. Arrays that the compiler keeps in fast memory do not count, slices count as
+what is read of them, and an array that is updated in place counts as the update.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from llmlab.plan.hlo import Computation, Instruction, Module, Shape
+
+# Nothing is read or written: names for what there is already, or work that its parts do.
+_FREE = frozenset(
+    [
+        "parameter",
+        "constant",
+        "tuple",
+        "get-tuple-element",
+        "bitcast",
+        "while",
+        "conditional",
+        "call",
+        "after-all",
+        "opt-barrier",
+        "partition-id",
+        "replica-id",
+        "add-dependency",
+        "async-update",
+        "async-done",
+        "copy-done",
+        "all-gather-done",
+        "all-reduce-done",
+        "collective-permute-done",
+        "custom-call-done",
+        "domain",
+        "iota",
+    ]
+)
+_SLICES = frozenset({"dynamic-slice", "slice", "gather"})
+
+
+@dataclass
+class Work:
+    """Of one chip in one step."""
+
+    flops: int = 0
+    """Of matrix products, kernels included."""
+    kernel_flops: int = 0
+    """Those of kernels."""
+    traffic: int = 0
+    """Bytes between main memory and compute units."""
+    unknown_kernels: set[str] = field(default_factory=set)
+    """Kernels that are in no table, whose FLOPs do not count."""
+
+
+def work(module: Module) -> Work:
+    """FLOPs and bytes of a compiled program, loops multiplied."""
+    total = Work()
+    for run in module.runs():
+        instruction, inside = run.instruction, run.computation
+        if instruction.opcode == "dot":
+            total.flops += run.times * dot_flops(instruction, inside)
+        elif instruction.opcode == "convolution":
+            total.flops += run.times * convolution_flops(instruction, inside)
+        elif instruction.opcode == "custom-call" and '"tpu_custom_call"' in instruction.attributes:
+            flops = kernel_flops(instruction, inside)
+            if flops is None:
+                total.unknown_kernels.add(re.sub(r"[.\d]+$", "", instruction.name))
+            else:
+                total.flops += run.times * flops
+                total.kernel_flops += run.times * flops
+        if run.fusion is None:
+            total.traffic += run.times * traffic(instruction, inside, module.computations)
+    return total
+
+
+def dot_flops(instruction: Instruction, inside: Computation) -> int:
+    """2 x result x contracted dimensions."""
+    left = inside.operand_shapes(instruction)[0]
+    contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
+    dims = [int(dim) for dim in contracted[1].split(",") if dim] if contracted else []
+    return 2 * instruction.shapes[0].size * math.prod(left.dims[dim] for dim in dims)
+
+
+def convolution_flops(instruction: Instruction, inside: Computation) -> int:
+    """2 x rows x features in x features out x (places where the window meets data, each dimension)."""
+    left, kernel = inside.operand_shapes(instruction)[:2]
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
+    assert labels is not None, instruction.attributes
+    of_left, of_kernel, of_result = labels.groups()
+    result = instruction.shapes[0]
+    flops = 2 * result.dims[of_result.index("b")] * kernel.dims[of_kernel.index("i")]
+    flops *= kernel.dims[of_kernel.index("o")]
+    window = _window(instruction.attributes, sum(label.isdigit() for label in of_left))
+    for dim, place in enumerate(window):
+        label = str(dim)
+        sizes = (left.dims[of_left.index(label)], kernel.dims[of_kernel.index(label)])
+        flops *= _meetings(*sizes, result.dims[of_result.index(label)], place)
+    return flops
+
+
+def _window(attributes: str, num_dims: int) -> list[dict[str, int]]:
+    """Stride, padding in front and dilations of every spatial dimension."""
+    found = re.search(r"window=\{([^}]*)\}", attributes)
+    written = dict(part.split("=") for part in found[1].split()) if found else {}
+    places = [{"stride": 1, "pad": 0, "lhs_dilate": 1, "rhs_dilate": 1} for _ in range(num_dims)]
+    for name in ("stride", "pad", "lhs_dilate", "rhs_dilate"):
+        for place, value in zip(places, written[name].split("x") if name in written else (), strict=False):
+            place[name] = int(value.split("_")[0])
+    return places
+
+
+def _meetings(left: int, kernel: int, result: int, place: Mapping[str, int]) -> int:
+    """Pairs of a place in the result and a tap of the kernel that meet an element of the left operand."""
+    position = np.arange(result)[:, None] * place["stride"] - place["pad"] + np.arange(kernel) * place["rhs_dilate"]
+    last = (left - 1) * place["lhs_dilate"]
+    return int(np.count_nonzero((position >= 0) & (position <= last) & (position % place["lhs_dilate"] == 0)))
+
+
+# Part of a kernel's name -> products of queries and keys that it makes, each 2 x queries x keys x head_dim.
+_SPLASH = (
+    ("splash_mqa_fwd", 2),  # scores; values
+    ("splash_mqa_dkv", 4),  # scores again; gradients of the weights, of values, of keys
+    ("splash_mqa_dq", 3),  # scores again; gradients of the weights, of queries
+    ("splash_mha_fwd", 2),
+    ("splash_mha_dkv", 4),
+    ("splash_mha_dq", 3),
+)
+
+
+def kernel_flops(instruction: Instruction, inside: Computation) -> int | None:
+    """FLOPs of a Pallas kernel by its name and shapes; None for one that is not known here."""
+    name, shapes = instruction.name, inside.operand_shapes(instruction)
+    floating = [shape for shape in shapes if shape.dtype in ("bf16", "f32", "f16") and len(shape.dims) > 1]
+    for part, products in _SPLASH:
+        if part in name:  # queries (..., group, S, H), then keys (..., T, H)
+            queries, keys = floating[:2]
+            return 2 * products * queries.size * keys.dims[-2]
+    if "tgmm" in name:  # megablox, gradient of the experts' matrices: (D, R) and (R, F)
+        left, right = floating[:2]
+        return 2 * left.size * right.dims[-1]
+    if "gmm" in name:  # rows (R, D) times the matrix of their expert (E, D, F)
+        rows, result = floating[0], instruction.shapes[0]
+        return 2 * rows.size * result.dims[-1]
+    return None
+
+
+def traffic(instruction: Instruction, inside: Computation, computations: Mapping[str, Computation]) -> int:
+    """Bytes that an instruction outside of fusions reads from main memory and writes to it."""
+    opcode = instruction.opcode
+    if opcode in _FREE:
+        return 0
+    operands = [inside.instructions[name] for name in instruction.operands if name in inside.instructions]
+    if opcode == "fusion":
+        return _fusion_traffic(instruction, operands, computations[instruction.called["calls"]])
+    if opcode == "dynamic-update-slice":
+        return 2 * _slow(operands[1].shapes) if not instruction.shapes[0].fast else 0
+    if opcode in _SLICES:
+        return _slow(instruction.shapes) + (_sizes(instruction.shapes) if not operands[0].shapes[0].fast else 0)
+    if opcode in ("copy-start", "all-gather-start", "collective-permute-start"):  # (source, result, ...), either order
+        return _slow(instruction.shapes[:2])
+    if opcode == "custom-call" and "AllocateBuffer" in instruction.attributes:
+        return 0
+    return _slow(instruction.shapes) + sum(_slow(operand.shapes) for operand in operands)
+
+
+def _fusion_traffic(instruction: Instruction, operands: Sequence[Instruction], body: Computation) -> int:
+    updated, total = _updated(body), 0
+    for number, operand in enumerate(operands):
+        parameter = body.parameters.get(number)
+        if parameter is None or parameter.name in updated:
+            continue
+        users = body.users.get(parameter.name, [])
+        if users and all(user.opcode in _SLICES and user.operands[0] == parameter.name for user in users):
+            if not operand.shapes[0].fast:
+                total += sum(_sizes(user.shapes) for user in users)
+        else:
+            total += _slow(operand.shapes)
+    roots = _results(body)
+    for root, shape in zip(roots, instruction.shapes, strict=False):
+        if shape.fast:
+            continue
+        if root is not None and root.opcode == "dynamic-update-slice":
+            total += 2 * _sizes(body.instructions[root.operands[1]].shapes)
+        else:
+            total += shape.bytes
+    return total + _slow(instruction.shapes[len(roots) :])
+
+
+def _results(body: Computation) -> list[Instruction | None]:
+    """What a fusion's results are made by, bitcasts seen through."""
+    names = body.root.operands if body.root.opcode == "tuple" else (body.root.name,)
+    return [_behind(name, body) for name in names]
+
+
+def _behind(name: str, body: Computation) -> Instruction | None:
+    instruction = body.instructions.get(name)
+    while instruction is not None and instruction.opcode in ("bitcast", "copy"):
+        instruction = body.instructions.get(instruction.operands[0])
+    return instruction
+
+
+def _updated(body: Computation) -> set[str]:
+    """Parameters that a result is an update of, in place."""
+    updates = [root for root in _results(body) if root is not None and root.opcode == "dynamic-update-slice"]
+    targets = [_behind(update.operands[0], body) for update in updates]
+    return {target.name for target in targets if target is not None and target.opcode == "parameter"}
+
+
+def _sizes(shapes: Sequence[Shape]) -> int:
+    return sum(shape.bytes for shape in shapes)
+
+
+def _slow(shapes: Sequence[Shape]) -> int:
+    """Bytes of the arrays that live in main memory."""
+    return sum(shape.bytes for shape in shapes if not shape.fast)
