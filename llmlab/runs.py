@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmlab import buckets
+from llmlab.cli import is_users_error
 from llmlab.config import config_hash, difference, save, to_json
 from llmlab.config import load as load_saved
 from llmlab.experiment import Experiment, read_experiment
@@ -256,8 +257,10 @@ def together() -> Iterator[None]:
     """
     processes = cluster.here()
     try:
-        yield
+        with processes.watched():
+            yield
     except Departed as error:
+        processes.depart(str(error), exit_code=error.exit_code, signal=error.signal)
         if error.signal:
             raise Interrupted(error.signal) from error
         raise
@@ -265,7 +268,7 @@ def together() -> Iterator[None]:
         processes.depart(str(error), exit_code=error.exit_code, signal=error.signal)
         raise
     except BaseException as error:
-        users = isinstance(error, ValueError)
+        users = isinstance(error, Exception) and is_users_error(error)
         processes.depart(f"{type(error).__name__}: {error}", exit_code=2 if users else 1)
         raise
 

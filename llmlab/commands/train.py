@@ -38,19 +38,19 @@ def main(argv: Sequence[str]) -> int:
 
     from llmlab import runs
     from llmlab.sharding import cluster
-    from llmlab.training.faults import Interrupted, NonFiniteError, exit_if_busy
+    from llmlab.training.faults import Interrupted, NonFiniteError
 
     try:
         with runs.together():
             return _train(arguments, flags, shlex.join(["llmlab", "train", *argv]), began)
     except Interrupted as error:  # before there was an experiment
-        return exit_if_busy(error.exit_code)
+        return _left(error.exit_code)
     except NonFiniteError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except cluster.Departed as error:
         print(f"error: {error}", file=sys.stderr)
-        return exit_if_busy(error.exit_code)
+        return _left(error.exit_code)
 
 
 def _started(arguments: argparse.Namespace) -> bool:
@@ -71,6 +71,15 @@ def _started(arguments: argparse.Namespace) -> bool:
     return True
 
 
+def _left(exit_code: int) -> int:
+    """The exit code, once the other processes know that this one is leaving, and the compiler keeps nobody."""
+    from llmlab.sharding import cluster
+    from llmlab.training.faults import exit_if_busy
+
+    cluster.here().farewell()
+    return exit_if_busy(exit_code)
+
+
 def _train(arguments: argparse.Namespace, flags: Sequence[str], again: str, began: float) -> int:
     """Reads the experiment and trains. `again` is this command, `began` when it was started."""
     from llmlab import runs
@@ -81,7 +90,7 @@ def _train(arguments: argparse.Namespace, flags: Sequence[str], again: str, bega
     from llmlab.sharding import cluster
     from llmlab.training import compilation_cache
     from llmlab.training.checkpoint import saved_steps
-    from llmlab.training.faults import Interrupted, exit_if_busy
+    from llmlab.training.faults import Interrupted
     from llmlab.training.report import NullReport
 
     path: Path = arguments.experiment
@@ -116,7 +125,7 @@ def _train(arguments: argparse.Namespace, flags: Sequence[str], again: str, bega
         saved = "nothing was trained yet" if newest is None else f"step {newest} is saved in {out}"
         if speaks:
             print(f"{error}; {saved}. To go on:\n  {again}", file=sys.stderr)
-        return exit_if_busy(error.exit_code)
+        return _left(error.exit_code)
     return 0
 
 

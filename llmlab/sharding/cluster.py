@@ -16,6 +16,7 @@ coordinator, which every process is connected to anyway. One exception is asked 
 the run to stop: that is a collective of one number, read a step late, so that nobody waits for it.
 """
 
+import atexit
 import contextlib
 import functools
 import json
@@ -24,7 +25,8 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,10 @@ _FLAGS = ("--coordinator", "--num-processes", "--process-id")
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 _SHUTDOWN_SECONDS = 60  # that a process which ends waits for the others; jax's own 300 keep a failed pod busy
 _POLL_MILLISECONDS = 200  # signals are handled between two polls
-_DEPARTED = "llmlab/departed"
+_DEPARTED, _LEFT = "llmlab/departed", "llmlab/left"
+_WATCH_SECONDS = 2  # between two looks whether another process left
+_NOTICE_SECONDS = 10  # that a process has to leave by itself after another one left
+_FAREWELL_SECONDS = 20  # that the first process, which is the coordinator, waits for the others to leave
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,6 +209,9 @@ class Cluster:
         self.count = count
         self._client = client
         self._used: dict[str, int] = {}
+        self._exit_code: int | None = None
+        self._watched = False
+        self._said_farewell = False
 
     @property
     def is_first(self) -> bool:
@@ -265,15 +273,74 @@ class Cluster:
                     )
 
     def depart(self, reason: str, *, exit_code: int, signal: int = 0) -> None:
-        """Lets the others know that this process cannot go on; those that wait for it then leave as well."""
-        if self.count > 1:
-            note = {"process": self.index, "reason": reason, "exit_code": exit_code, "signal": signal}
-            with contextlib.suppress(RuntimeError):  # another one was faster, or the coordinator is gone
-                self._client.key_value_set(_DEPARTED, json.dumps(note))
+        """Lets the others know that this process cannot go on; they then leave as well.
 
-    def votes(self) -> "Callable[[int], int] | None":
+        From here on the end of the interpreter is the end of the process, with this exit code: jax's own shutdown would
+        wait for the others for a minute, and abort.
+        """
+        if self.count > 1 and self._exit_code is None:
+            self._exit_code = exit_code
+            self._post(_DEPARTED, {"process": self.index, "reason": reason, "exit_code": exit_code, "signal": signal})
+            atexit.register(self._end, exit_code)  # before jax's, which was registered earlier
+
+    def votes(self) -> Callable[[int], int] | None:
         """A ballot that all processes hold at the same points of a computation: see `_Votes`; None for one alone."""
         return None if self.count == 1 else _Votes()
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Inside, another process' departure ends this one, with the same exit code, if it does not leave by itself
+        within a few seconds: it may hang in a collective, which nothing else can interrupt."""
+        if self.count == 1 or self._watched:
+            yield
+            return
+        self._watched, over = True, threading.Event()
+        thread = threading.Thread(target=self._watch, args=[over], name="llmlab-cluster", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()  # inside jax when the interpreter ends, it would abort the process
+            self._watched = False
+
+    def farewell(self) -> None:
+        """To be called before the process ends, by one that departed: the first one waits until the others have left,
+        since without a coordinator jax aborts them."""
+        if self.count == 1 or self._said_farewell or self._exit_code is None:
+            return
+        self._said_farewell = True
+        self._post(f"{_LEFT}/{self.index}", {})
+        deadline = time.monotonic() + _FAREWELL_SECONDS
+        while self.is_first and time.monotonic() < deadline:
+            if len(self._client.key_value_dir_get(_LEFT)) == self.count:
+                return
+            time.sleep(0.1)
+
+    def _post(self, key: str, note: Mapping[str, Any]) -> None:
+        with contextlib.suppress(RuntimeError):  # another one was faster, or the coordinator is gone
+            self._client.key_value_set(key, json.dumps(note))
+
+    def _end(self, exit_code: int) -> None:
+        self.farewell()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
+
+    def _watch(self, over: threading.Event) -> None:
+        note = None
+        while note is None:
+            if over.wait(_WATCH_SECONDS):
+                return
+            try:
+                note = self._get(_DEPARTED, milliseconds=1)
+            except RuntimeError:  # the coordinator is gone, and jax is about to end the process
+                return
+        if not over.wait(_NOTICE_SECONDS) and self._exit_code is None:
+            departed = _departure(note)
+            self._exit_code = departed.exit_code
+            sys.stderr.write(f"error: {departed}\n")
+            self._end(departed.exit_code)
 
     def _key(self, name: str) -> str:
         number = self._used[name] = self._used.get(name, 0) + 1
@@ -286,8 +353,7 @@ class Cluster:
                 return value
             note = self._get(_DEPARTED, milliseconds=1)
             if note is not None:
-                note = json.loads(note)
-                raise Departed(note["process"], note["reason"], exit_code=note["exit_code"], signal=note["signal"])
+                raise _departure(note)
 
     def _get(self, key: str, *, milliseconds: int = _POLL_MILLISECONDS) -> str | None:
         import jax
@@ -298,6 +364,11 @@ class Cluster:
             if "DEADLINE_EXCEEDED" in str(error):
                 return None
             raise
+
+
+def _departure(note: str) -> Departed:
+    found = json.loads(note)
+    return Departed(found["process"], found["reason"], exit_code=found["exit_code"], signal=found["signal"])
 
 
 ALONE = Cluster()

@@ -76,7 +76,7 @@ def test_tpu_chips_are_recognised_by_their_device_files(tmp_path: Path) -> None:
 
 
 TALK = """
-import json, signal, sys
+import json, signal, sys, time
 from llmlab.sharding import cluster
 
 port, index = sys.argv[1:]
@@ -104,14 +104,19 @@ said = {
     "same": outcome(lambda: here.check_same(tokenizer="abc", data=f"fingerprint of {here.index % 2}")),
     "signals": signal.getsignal(signal.SIGTERM) == before,
 }
-if here.index == 2:
-    here.depart("stopped by SIGTERM", exit_code=42, signal=15)
-else:
+if here.index == 0:
     try:
         here.meet("the end")
     except cluster.Departed as error:
         said["departed"] = [str(error), error.exit_code, error.signal]
-print(json.dumps(said))
+        here.depart(str(error), exit_code=error.exit_code, signal=error.signal)
+print(json.dumps(said), flush=True)
+if here.index == 1:  # as in a collective that waits for the one that leaves
+    cluster._NOTICE_SECONDS = 0.5
+    with here.watched():
+        time.sleep(600)
+if here.index == 2:
+    here.depart("stopped by SIGTERM", exit_code=42, signal=15)
 """
 
 
@@ -121,14 +126,14 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def test_three_processes_decide_together_and_hear_of_errors_and_of_leaving() -> None:
+def test_three_processes_decide_together_hear_of_errors_and_leave_together() -> None:
     command = [sys.executable, "-c", TALK, str(free_port())]
     processes = [
         subprocess.Popen([*command, str(i)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for i in range(3)
     ]
     outputs = [process.communicate(timeout=60) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0, 0], outputs
+    assert [process.returncode for process in processes] == [42, 42, 42], outputs
     said = [json.loads(output.splitlines()[-1]) for output, _ in outputs]
     assert [s["first"] for s in said] == [True, False, False]
     assert all(s["led"] == [0, 1] for s in said)
@@ -137,7 +142,8 @@ def test_three_processes_decide_together_and_hear_of_errors_and_of_leaving() -> 
     assert all(s["error"] == "ValueError: process 0: no such corpus" for s in said[1:])
     assert all("the data of process 1 is not that of process 0" in s["same"] for s in said)
     assert all(s["signals"] for s in said)
-    assert all(s["departed"] == ["process 2 left: stopped by SIGTERM", 42, 15] for s in said[:2])
+    assert said[0]["departed"] == ["process 2 left: stopped by SIGTERM", 42, 15]
+    assert "error: process 2 left: stopped by SIGTERM" in outputs[1][1]
 
 
 @pytest.mark.parametrize("index", [0, 1])
