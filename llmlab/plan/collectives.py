@@ -14,10 +14,12 @@ chip: the formula with s for n and B s/n for B. The rest, the formula with n/s f
 
 What the TPU compiler makes of collectives is seen through: an all-reduce and the slice that each chip takes of it, put
 into one "all-reduce-scatter" fusion, is a reduce-scatter; a collective that is started in one fusion, carried through
-others beside their arithmetic, and finished in a third, is one.
+others beside their arithmetic, and finished in a third, is one. Between slices it writes a send to the hosts, which
+says what they do with it (all-reduce, all-gather, ...) among the chips of the same place in their slices.
 """
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -25,6 +27,8 @@ from llmlab.plan.groups import Groups, axes_of, parse_groups, parse_pairs
 from llmlab.plan.hlo import Module, Run
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute", "ragged-all-to-all")
+_BETWEEN = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+_BETWEEN_KINDS = {"ONE_TO_ONE": "collective-permute"}
 _FACTOR = {"all-reduce": 2, "collective-permute": 0}  # of (n - 1)/n; others have 1
 
 
@@ -112,6 +116,9 @@ def total_sent(found: Iterable[Collective]) -> float:
 
 
 def _kind(run: Run) -> str | None:
+    if run.instruction.opcode == "send":
+        between = _BETWEEN.search(run.instruction.attributes)
+        return None if between is None else _BETWEEN_KINDS.get(between[1], between[1].lower().replace("_", "-"))
     opcode = run.instruction.opcode.removesuffix("-start")
     if opcode not in KINDS:
         return None
@@ -125,6 +132,8 @@ def _kind(run: Run) -> str | None:
 def _collective(kind: str, run: Run, sizes: Mapping[str, int], slice_of: Sequence[int]) -> Collective:
     instruction = run.instruction
     num_devices = math.prod(sizes.values())
+    if instruction.opcode == "send":
+        return _between_slices(kind, run, sizes, slice_of)
     if kind == "collective-permute":
         groups = [pair for pair in parse_pairs(instruction.attributes) if pair[0] != pair[1]]
         group_size = 2 if groups else 1
@@ -145,4 +154,24 @@ def _collective(kind: str, run: Run, sizes: Mapping[str, int], slice_of: Sequenc
         groups=groups,
         source=instruction.source,
         gathers=kind == "all-reduce" and any("dynamic-update-slice" in name for name in instruction.operands),
+    )
+
+
+def _between_slices(kind: str, run: Run, sizes: Mapping[str, int], slice_of: Sequence[int]) -> Collective:
+    """What the hosts do with what each chip sends them, among the chips of one place in their slices."""
+    members: dict[int, list[int]] = {}
+    for chip, number in enumerate(slice_of):
+        members.setdefault(number, []).append(chip)
+    groups = [list(group) for group in zip(*members.values(), strict=True)]
+    num_slices = max(1, len(members))
+    held = run.computation.operand_shapes(run.instruction)[0].bytes
+    return Collective(
+        kind=kind,
+        axes=axes_of(groups, sizes) if num_slices > 1 else (),
+        times=run.times,
+        group_size=2 if kind == "collective-permute" else num_slices,
+        num_slices=2 if kind == "collective-permute" else num_slices,
+        full_bytes=held * num_slices if kind == "all-gather" else held,
+        groups=groups,
+        source=run.instruction.source,
     )

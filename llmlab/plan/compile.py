@@ -134,7 +134,11 @@ def grouped(found: Iterable[Collective], topology: Topology, coords: Sequence[tu
             crosses_slices=crosses,
             count=sum(collective.times for collective in group),
             sent=round(sum(collective.times * collective.sent_bytes for collective in group)),
-            seconds=sum(seconds(collective, topology, coords) for collective in group),
+            seconds=sum(
+                seconds(collective, topology, coords)
+                + collective.times * collective.slow_bytes / topology.chip.slow_bandwidth
+                for collective in group
+            ),
         )
         for (kind, axes, crosses), group in rows.items()
     ]

@@ -76,7 +76,7 @@ class Traffic:
     sent: int
     """Bytes that leave a chip in a step."""
     seconds: float
-    """On the fast network, if it is perfectly busy."""
+    """On its network, if that is perfectly busy."""
 
 
 @dataclass(frozen=True, kw_only=True)

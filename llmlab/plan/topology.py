@@ -21,7 +21,11 @@ ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several compile at once; there is no TPU to quarrel about
     "XLA_FLAGS": "",  # the caller's are for another backend
     "JAX_ENABLE_COMPILATION_CACHE": "false",  # what is kept is the answer, not the program
-    "TF_CPP_MIN_LOG_LEVEL": "1",  # warnings: what the partitioner gives up on is one
+    # Warnings of the compiler, of which what the partitioner gives up on is one, to stderr and not to files in /tmp.
+    "TF_CPP_MIN_LOG_LEVEL": "1",
+    "TPU_MIN_LOG_LEVEL": "1",
+    "TPU_STDERR_LOG_LEVEL": "1",
+    "TPU_LOG_DIR": "disabled",
 }
 """For the process that compiles."""
 

@@ -252,7 +252,7 @@ def test_a_candidates_flags_give_its_mesh() -> None:
 
 def test_the_compilers_complaints_are_found_in_its_output() -> None:
     line = (
-        "W0000 00:00:1700000000.000000   12345 spmd_partitioner.cc:630] [SPMD] Involuntary full rematerialization. "
+        "W1125 23:16:51.824260    4410 spmd_partitioner.cc:630] [SPMD] Involuntary full rematerialization. "
         "The compiler cannot go from sharding A to B"
     )
     (found,) = remarks(f"{line}\nI0000 something else\n{line}\n")

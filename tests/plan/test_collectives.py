@@ -123,6 +123,22 @@ ENTRY %main (x: f32[100]) -> f32[100] {
     assert [(one.axes, one.num_slices) for one in found] == [(("fsdp",), 1), (("data",), 2)]
 
 
+def test_a_send_to_the_hosts_is_what_they_do_with_it_between_slices() -> None:
+    text = """HloModule m
+ENTRY %main (x: f32[100]) -> token[] {
+  %x = f32[100] parameter(0)
+  %t = token[] after-all()
+  %s = (f32[100], u32[], token[]) send(%x, %t), channel_id=2, is_host_transfer=true, frontend_attributes={
+_xla_megascale_target="{1,2}x{0:1}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  ROOT %d = token[] send-done(%s), channel_id=2
+}
+"""
+    text = text.replace("={\n", "={")
+    (one,) = collectives(Module.parse(text), {"data": 4, "tensor": 1}, slice_of=[0, 0, 1, 1])
+    assert (one.kind, one.axes, one.groups) == ("all-reduce", ("data",), [[0, 2], [1, 3]])
+    assert (one.fast_bytes, one.slow_bytes) == (0, 2 * 1 / 2 * 400)
+
+
 ASYNCHRONOUS = """HloModule m
 %begin (p: bf16[1,128]) -> (bf16[1,128], bf16[4,128], u32[]) {
   %p = bf16[1,128] parameter(0)
