@@ -277,7 +277,13 @@ def _decode_dataclass(
     for name in data:
         if name not in hints and name != _CLASS:
             problems.append(f"{_at(path, name)}: {cls.__name__} has no such field; it has {', '.join(hints) or 'none'}")
-    problems += [f"{_at(path, name)}: missing" for name in hints if name not in data]
+    # A field that has come since has a default, by which everything is as it was: older runs stay readable.
+    required = {
+        field.name
+        for field in dataclasses.fields(cls)
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    }
+    problems += [f"{_at(path, name)}: missing" for name in hints if name not in data and name in required]
     values = {
         name: _decode(data[name], inner, _at(path, name), problems, experiment)
         for name, inner in hints.items()
