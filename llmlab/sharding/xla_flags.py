@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import jax
+
 from llmlab.sharding.cluster import has_tpu
 
 Choice = Literal["default", "none"]
@@ -99,8 +101,11 @@ def apply(choice: Choice | None = None) -> None:
     Raises:
         ValueError: LLMLAB_XLA_FLAGS is neither.
     """
+    platform = expected_platform(os.environ)
+    if platform == "cpu" and not os.environ.get("JAX_PLATFORMS") and importlib.util.find_spec("libtpu") is not None:
+        jax.config.update("jax_platforms", "cpu")  # an installed libtpu would look for a TPU, and complain at length
     chosen = choice or os.environ.get(VARIABLE) or "default"
     if chosen not in ("default", "none"):
         raise ValueError(f"{VARIABLE}={chosen} is neither default nor none; flags themselves go into XLA_FLAGS")
     if chosen == "default":
-        os.environ.update(added(expected_platform(os.environ), os.environ))
+        os.environ.update(added(platform, os.environ))

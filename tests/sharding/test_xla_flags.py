@@ -1,5 +1,7 @@
 """XLA's flags: who gets which, that the user's come first, and that the compilers know them all."""
 
+import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from llmlab.sharding import xla_flags
+from llmlab.sharding.cluster import has_tpu
 from llmlab.sharding.xla_flags import TABLE, added, expected_platform
 from tests import tpu_compiler
 
@@ -91,3 +94,13 @@ def test_the_tpu_compiler_knows_every_flag() -> None:
     with pytest.raises(AssertionError, match="xla_tpu_hide_everything"):
         tpu_compiler.run(PROGRAM.replace("ARGUMENTS", repr(f"{flags} --xla_tpu_hide_everything=true")))
     assert TABLE["tpu"].variable == "LIBTPU_INIT_ARGS"
+
+
+def test_an_installed_libtpu_does_not_complain_where_there_is_no_tpu() -> None:
+    if importlib.util.find_spec("libtpu") is None or has_tpu():
+        pytest.skip("libtpu is not installed, or there is a TPU")
+    program = "from llmlab.sharding import xla_flags; xla_flags.apply(); import jax; print(jax.default_backend())"
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["cpu"] or expected_platform({}) == "gpu"
+    assert "TPU" not in done.stderr
