@@ -1,5 +1,6 @@
 """A cloud that exists only on PATH: fake tools that record what they were told and answer what a test has scripted."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -98,14 +99,21 @@ class Cloud:
             text=True,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
+            # What a shell starts in the background ignores SIGINT, tests and their children too, and bash cannot trap
+            # a signal that it was born to ignore.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
-        deadline = time.monotonic() + 10
-        while not any(during in word for call in self.calls() for word in call):
-            assert time.monotonic() < deadline, f"no call with {during!r}: {self.calls()}"
-            time.sleep(0.01)
-        time.sleep(0.05)  # the fake has recorded its call; let it begin to hang
-        os.killpg(process.pid, signal.SIGINT)
-        stdout, stderr = process.communicate(timeout=10)
+        try:
+            deadline = time.monotonic() + 30
+            while not any(during in word for call in self.calls() for word in call):
+                assert time.monotonic() < deadline, f"no call with {during!r}: {self.calls()}"
+                time.sleep(0.01)
+            time.sleep(0.05)  # the fake has recorded its call; let it begin to hang
+            os.killpg(process.pid, signal.SIGINT)
+            stdout, stderr = process.communicate(timeout=30)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
         return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
     def calls(self) -> list[list[str]]:
