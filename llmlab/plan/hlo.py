@@ -28,6 +28,8 @@ _ITEM_BITS = {
 _SHAPE = re.compile(r"\b([a-z][a-z0-9]*)\[([0-9,<=]*)\](\{[^{}]*\})?")
 _NAME = re.compile(r"%([\w.\-]+)")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+# A kernel's metadata may break a line and begin the next with a brace; a computation of another thread says which.
+_END = re.compile(r"^\}(, execution_thread=\S+)?\s*$")
 _CALLED = re.compile(r"\b(calls|body|condition|to_apply)=%([\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
@@ -162,7 +164,7 @@ class Module:
                 if header := _HEADER.match(line):
                     current = computations[header[2]] = Computation(header[2])
                     entry = header[2] if header[1] else entry
-            elif line.rstrip() == "}":  # a kernel's metadata may break a line and begin the next with a brace
+            elif _END.match(line):
                 current = None
             elif instruction := parse_instruction(line):
                 current.instructions[instruction.name] = instruction

@@ -144,3 +144,21 @@ ENTRY %main (a: f32[100,8], b: f32[1,8], i: s32[]) -> f32[100,8] {
     row = 8 * 4
     # read and write the slice; read both operands (the sum stays in fast memory); read and write the update
     assert work(Module.parse(text)).traffic == 2 * row + 2 * row + 2 * row
+
+
+def test_a_computation_of_another_thread_ends_as_others_do() -> None:
+    text = """HloModule m
+%first (p: f32[2]) -> f32[2] {
+  ROOT %p = f32[2] parameter(0)
+}, execution_thread="sparsecore"
+
+%second (q: f32[2]) -> f32[2] {
+  ROOT %q = f32[2] parameter(0)
+}
+
+ENTRY %main (x: f32[2]) -> f32[2] {
+  %x = f32[2] parameter(0)
+  ROOT %y = f32[2] fusion(%x), kind=kLoop, calls=%second
+}
+"""
+    assert list(Module.parse(text).computations) == ["first", "second", "main"]
