@@ -28,9 +28,7 @@ all                                         160.76 GiB    819 ms
 compute         5.65 s   compiled FLOPs / chips / 459 TFLOP/s
 memory          966 ms   bytes moved / 2,765 GB/s
 interconnect    819 ms   bytes that leave a chip / (links x 90 GB/s)
-bound by compute: at best 5.65 s a step, 1,450 tokens/s a chip, MFU 26.2% if everything overlaps, 19.9%
-once
-does not show; it counts once
+bound by compute: at best 5.65 s a step, 1,450 tokens/s a chip, MFU 26.2% if everything overlaps, 19.9% if nothing
 """
 
 import dataclasses
