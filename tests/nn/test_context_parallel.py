@@ -26,6 +26,8 @@ from llmlab.sharding import Mesh, activate, sequence
 from llmlab.sharding.rules import Context, active_sharding
 from tests import optimised, tpu_compiler
 
+pytestmark = pytest.mark.scale
+
 ROWS, HEAD_DIM = 4, 8
 
 

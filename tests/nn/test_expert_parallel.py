@@ -25,6 +25,8 @@ from llmlab.sharding.rules import active_sharding
 from tests import tpu_compiler
 from tests.drawing import drawn
 
+pytestmark = pytest.mark.scale
+
 DIM, EXPERTS, BATCH, LENGTH = 12, 8, 8, 12
 VALID = np.arange(LENGTH) < np.array([12, 12, 9, 12, 5, 12, 12, 8])[:, None]
 GATED = GatedMLP(hidden_dim=10, dropout=0.3)

@@ -24,6 +24,8 @@ from llmlab.nn.two_stream import Stream, TwoStreamAttention, TwoStreamContext, e
 from llmlab.sharding import Mesh, activate
 from llmlab.sharding.rules import active_sharding
 
+pytestmark = pytest.mark.scale
+
 ROWS, LENGTH, DIM = 2, 64, 16
 
 MIXERS: Mapping[str, tuple[Mixer, Mask]] = {

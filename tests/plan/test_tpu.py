@@ -8,6 +8,8 @@ import pytest
 
 from tests import tpu_compiler
 
+pytestmark = pytest.mark.scale
+
 PROGRAM = """
 import dataclasses, json
 import numpy as np

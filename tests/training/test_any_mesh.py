@@ -9,6 +9,8 @@ from llmlab.sharding import Mesh
 from llmlab.sharding.rules import ScheduleName
 from tests.training.models_on_meshes import CASES, assert_equal, on_one_device, outcome, program
 
+pytestmark = pytest.mark.scale
+
 # Every axis alone, on as many devices as it can have here.
 ALONE = {
     "data": Mesh(data=8),

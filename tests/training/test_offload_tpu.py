@@ -4,6 +4,8 @@ import pytest
 
 from tests import tpu_compiler
 
+pytestmark = pytest.mark.scale
+
 PROGRAM = """
 import json
 from dataclasses import replace

@@ -28,6 +28,8 @@ from llmlab.training.checkpoint import Checkpoints, saved_steps, verify
 from llmlab.training.program import Program
 from llmlab.training.provenance import read_provenance
 
+pytestmark = pytest.mark.scale
+
 EXPERIMENT = """
 from llmlab.data import Packed, TextFiles
 from llmlab.experiment import Experiment
