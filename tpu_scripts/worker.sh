@@ -19,6 +19,9 @@ HELP="Usage: worker.sh [--dry-run] VERB ...
     stop NAME                     ask it to save and end (SIGTERM); after 90 seconds, end it (SIGKILL)
     logs NAME LINES once|follow   print its output
 
+A command's --out gs://BUCKET/PATH becomes llmlab-buckets/BUCKET/PATH, where the bucket is mounted (gcsfuse) before the
+command starts: a run is written to a directory that all workers see.
+
 Works in the home directory of the worker it is copied to."
 
 DRY_RUN=0
@@ -127,6 +130,42 @@ start() {
   report started
 }
 
+# Mounts a bucket at llmlab-buckets/NAME. No metadata is cached: workers see each other's files at once.
+mount_bucket() {
+  local place="$PWD/llmlab-buckets/$1"
+  if mountpoint --quiet "$place"; then
+    return 0
+  fi
+  if ! command -v gcsfuse >/dev/null && ! sudo apt-get install --yes --quiet gcsfuse; then
+    printf 'error: gcsfuse is not installed on %s, and gs://%s cannot be mounted without it; install it as its ' \
+      "$(uname -n)" "$1" >&2
+    printf 'documentation says (Cloud Storage FUSE), then run setup.sh again\n' >&2
+    return 1
+  fi
+  mkdir -p "$place"
+  gcsfuse --implicit-dirs --metadata-cache-ttl-secs 0 "$1" "$place"
+}
+
+# Sets COMMAND to the words with a bucket in --out mounted and replaced by its directory.
+mount_out() {
+  local word before="" address
+  COMMAND=()
+  for word in "$@"; do
+    address="$word"
+    if [[ $word == --out=* ]]; then
+      before="--out"
+      address="${word#--out=}"
+    fi
+    if [[ $before == --out && $address == gs://?* ]]; then
+      address="${address#gs://}"
+      mount_bucket "${address%%/*}" || return 1
+      word="${word%gs://*}$PWD/llmlab-buckets/$address"
+    fi
+    COMMAND+=("$word")
+    before="$word"
+  done
+}
+
 # Runs the command and keeps its exit code.
 supervise() {
   local child code=0
@@ -137,7 +176,11 @@ supervise() {
   trap : TERM
   export PATH="$PWD/llmlab-venv/bin:$PATH"
   printf '\n--- %s: %s\n' "$(date -u +%FT%TZ)" "$(<"$JOB/command")"
-  (cd llmlab && exec "$@") &
+  if ! mount_out "$@"; then
+    printf '1\n' >"$JOB/exit-code"
+    return 0
+  fi
+  (cd llmlab && exec "${COMMAND[@]}") &
   child=$!
   printf '%s\n' "$child" >"$JOB/pid"
   while kill -0 "$child" 2>/dev/null; do # wait returns early when a signal comes

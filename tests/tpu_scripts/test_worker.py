@@ -25,8 +25,14 @@ class Worker:
         (home / "llmlab").mkdir()
         (home / "llmlab-venv" / "bin").mkdir(parents=True)
 
+        self.tool("mountpoint", '[[ -e "$2/mounted" ]]')
+        self.tool("gcsfuse", 'printf "%s\\0" "$@" >>"$HOME/mounts"; touch "${@: -1}/mounted"')
+
     def llmlab(self, body: str) -> None:
-        path = self.home / "llmlab-venv" / "bin" / "llmlab"
+        self.tool("llmlab", body)
+
+    def tool(self, name: str, body: str) -> None:
+        path = self.home / "llmlab-venv" / "bin" / name
         path.write_text(f"#!/usr/bin/env bash\nset -u\n{body}\n")
         path.chmod(0o755)
 
@@ -67,7 +73,31 @@ def test_every_word_reaches_llmlab_on_the_worker(cloud: Cloud, worker: Worker):
     assert worker.shell(option(cloud.calls()[0], "--command")).returncode == 0
     worker.wait("exited 0")
     words = (worker.home / "words").read_text().split("\0")[:-1]
-    assert words == ["train", "my experiments/a $b.py", *NASTY, "--out", "gs://b/a $b"]
+    mounted = f"{worker.home}/llmlab-buckets/b"
+    assert words == ["train", "my experiments/a $b.py", *NASTY, "--out", f"{mounted}/a $b"]
+    mounts = (worker.home / "mounts").read_text().split("\0")[:-1]
+    assert mounts == ["--implicit-dirs", "--metadata-cache-ttl-secs", "0", "b", mounted]
+
+
+def test_a_bucket_is_mounted_once_and_only_for_out(worker: Worker):
+    worker.llmlab('printf "%s\\0" "$@" >"$HOME/words"')
+    command = ["llmlab", "train", "a.py", "--initialize-from", "gs://b/other", "--out=gs://b/runs/a"]
+    for _ in range(2):
+        worker.tell("start", "nano", *command)
+        worker.wait("exited 0")
+    words = (worker.home / "words").read_text().split("\0")[:-1]
+    out = f"--out={worker.home}/llmlab-buckets/b/runs/a"
+    assert words == ["train", "a.py", "--initialize-from", "gs://b/other", out]
+    assert (worker.home / "mounts").read_text().count("--implicit-dirs") == 1
+
+
+def test_a_bucket_that_cannot_be_mounted_starts_nothing_and_says_why(worker: Worker):
+    worker.llmlab('touch "$HOME/started"')
+    worker.tool("gcsfuse", 'echo "no permission for $3" >&2; exit 1')
+    worker.tell("start", "nano", "llmlab", "train", "a.py", "--out", "gs://b/a")
+    worker.wait("exited 1")
+    assert not (worker.home / "started").exists()
+    assert "no permission" in worker.tell("logs", "nano", "20", "once")
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 42])
