@@ -1,10 +1,10 @@
 """What does the mesh cost?
 
-Claim    The machinery of meshes costs one device less than 2% of a step; eight simulated devices that share a batch add
-         less than 10% to one device's time for the same work.
+Claim    The machinery of meshes costs one device less than 2% of a step.
 Command  python experiments/benchmarks/mesh.py
 Cost     2 minutes on 2 CPU cores
-Result   see results/mesh_cpu.md
+Result   holds: nothing measurable. Eight simulated devices take 1.4 to 1.6 times one device's time at this shape:
+         results/mesh_cpu.md
 
 Three programs of the same step take turns in one process that has eight simulated CPU devices (the cores are the same
 for all of them):

@@ -91,7 +91,9 @@ class Cloud:
     def interrupt(self, script: str, *words: str, during: str) -> subprocess.CompletedProcess[str]:
         """Runs a script and presses Ctrl-C (a SIGINT to its process group) once a call contains the word `during`."""
         process = subprocess.Popen(
-            ["bash", str(SCRIPTS / script), *words],
+            # What a shell starts in the background ignores SIGINT, tests and their children too, and bash cannot trap
+            # a signal that it was born to ignore.
+            ["env", "--default-signal=INT", "bash", str(SCRIPTS / script), *words],
             env=self.environment,
             cwd=self.directory,
             stdout=subprocess.PIPE,
@@ -99,9 +101,6 @@ class Cloud:
             text=True,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
-            # What a shell starts in the background ignores SIGINT, tests and their children too, and bash cannot trap
-            # a signal that it was born to ignore.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         try:
             deadline = time.monotonic() + 30
