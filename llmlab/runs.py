@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from llmlab.models.decoder import DecoderModel
     from llmlab.nn.module import Params
     from llmlab.tokenizers import Tokenizer
-    from llmlab.training.program import Weights
+    from llmlab.training.program import Programs, Weights
 
 _SAMPLE_TOKENS = 192
 
@@ -185,6 +185,7 @@ def train(
     allow_config_change: bool = False,
     experiment_file: Path | None = None,
     seconds: Mapping[str, float] | None = None,
+    programs: "Programs | None" = None,
 ) -> Run:
     """Trains, or goes on training, in a run directory.
 
@@ -199,6 +200,7 @@ def train(
         allow_config_change: go on even where the directory's config differs.
         experiment_file: the Python file, for the provenance.
         seconds: spent before by phase ("imports"), for the summary.
+        programs: compiled by earlier calls, which this one may use and adds to.
 
     Raises:
         ValueError: the experiment cannot run, or the directory is another's; nothing was changed.
@@ -240,7 +242,7 @@ def train(
                     experiment_file=experiment_file,
                 )
                 phases = Phases(report, seconds or {})
-                summary = _train(experiment, directory, report, phases, interruption, begin, processes)
+                summary = _train(experiment, directory, report, phases, interruption, begin, processes, programs)
             processes.meet("done")  # nobody takes the coordinator away, or the lock, while others are at work
     finally:
         report.close(summary)
@@ -304,8 +306,10 @@ def _train(
     interruption: Interruption,
     begin: Callable[..., Provenance],
     processes: Cluster,
+    programs: "Programs | None",
 ) -> dict[str, Any]:
     """Trains to the end; the first process writes the summary, and how it went to the provenance."""
+    from llmlab.training.program import Programs
     from llmlab.training.session import Session
 
     provenance: Provenance | None = None
@@ -335,6 +339,7 @@ def _train(
         started=started,
         weights=weights,
         processes=processes,
+        programs=programs or Programs(),
     )
     try:
         model, tokenizer, summary = session.run()

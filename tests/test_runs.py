@@ -1,5 +1,6 @@
 """Runs end to end: what is cut short anywhere ends with the same bits, and bad input loses nothing."""
 
+import contextlib
 import json
 import math
 import os
@@ -7,7 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from llmlab.nn.module import split
 from llmlab.objectives import NextToken
 from llmlab.training.checkpoint import restore_params, saved_steps
 from llmlab.training.faults import Interrupted, NonFiniteError
+from llmlab.training.program import Programs
 from llmlab.training.report import NullReport
 
 DETERMINISTIC = ("step", "tokens", "train/loss", "validation/loss", "learning_rate", "gradient_norm")
@@ -444,3 +446,60 @@ def test_a_run_can_start_from_another_runs_weights(
     wider = replace(fine_tuned, model=replace(experiment.model, embed_dim=32))
     with pytest.raises(ValueError, match=r"holds another model(.|\n)*final_norm.scale: \(16,\) there, \(32,\) here"):
         runs.train(wider, tmp_path / "wider")
+
+
+# --- several runs of one process -------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def compilations() -> Iterator[list[str]]:
+    """The names of events of XLA's compiler in here."""
+    seen: list[str] = []
+
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if "backend_compile" in event:
+            seen.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield seen
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_runs_that_differ_in_rate_decay_and_seed_share_a_program_and_end_as_runs_apart(
+    experiment: Experiment, tmp_path: Path
+) -> None:
+    first = changed(experiment, steps=4)
+    optimizer = replace(first.optimizer, peak_lr=3e-3, weight_decay=0.3)
+    second = replace(changed(first, seed=7), optimizer=optimizer)
+    programs = Programs()
+    runs.train(first, tmp_path / "first", programs=programs)
+    with compilations() as compiled:
+        together = runs.train(second, tmp_path / "second", programs=programs)
+    assert compiled == []
+    apart = runs.train(second, tmp_path / "apart")
+    for path in ("params", "ema"):
+        one, other = (split(llmlab.load(run.directory, ema=path == "ema"))[1] for run in (together, apart))
+        assert all(jax.tree.leaves(jax.tree.map(np.array_equal, one, other)))
+
+    def deterministic(run: runs.Run) -> list[dict[str, Any]]:
+        return [{name: record[name] for name in DETERMINISTIC if name in record} for record in run.metrics]
+
+    assert deterministic(together) == deterministic(apart)
+    assert together.summary["validation/loss"] != runs.Run(tmp_path / "first").summary["validation/loss"]
+
+
+def test_a_run_of_another_shape_or_without_decay_gets_a_program_of_its_own(
+    experiment: Experiment, tmp_path: Path
+) -> None:
+    programs = Programs()
+    runs.train(changed(experiment, steps=4), tmp_path / "first", programs=programs)
+    other = changed(experiment, steps=4)
+    for name, each in {
+        "steps": changed(experiment, steps=5),
+        "undecayed": replace(other, optimizer=replace(other.optimizer, weight_decay=0.0)),
+        "beta": replace(other, optimizer=replace(other.optimizer, beta2=0.9)),
+    }.items():
+        expected = runs.train(each, tmp_path / f"{name}-apart").summary["validation/loss"]
+        assert runs.train(each, tmp_path / name, programs=programs).summary["validation/loss"] == expected

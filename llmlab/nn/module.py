@@ -5,10 +5,14 @@ its parameters as a plain nested dict of arrays; inside, `merge(graphdef, params
 that `jax.jit`, `jax.grad` and `jax.lax.scan` transform. Plain dicts are what optax, orbax and safetensors like best.
 """
 
+import zlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.extend.core as jex
 from flax import nnx
+from flax.nnx.rnglib import RngStream
 
 Params = dict[str, Any]
 """Nested dict of arrays with string keys."""
@@ -25,6 +29,53 @@ def split(module: nnx.Module) -> tuple[nnx.GraphDef, Params]:
 def merge(graphdef: nnx.GraphDef, params: Params) -> Any:
     """The module with these parameters; the inverse of `split`, cheap enough for every trace."""
     return nnx.merge(graphdef, native_keys(params))
+
+
+class OneKey(nnx.Rngs):
+    """Gives the same key to whoever asks: for `draw`, where of each build of a module one parameter is kept."""
+
+    def __init__(self, params: jax.Array) -> None:
+        super().__init__()
+        self.params = _OneKeyStream(params, tag="params")
+
+
+class _OneKeyStream(RngStream):
+    def __call__(self) -> jax.Array:
+        return self.key[...]
+
+
+def draw(build: Callable[[nnx.Rngs], nnx.Module], key: jax.Array) -> Params:
+    """Freshly drawn parameters of a module, each from a key of its own that is made of `key` and its path.
+
+    So a parameter's first value depends on what it is called and on its shape, not on what else the model has: two
+    models that differ in one part start equal in all others, and layers that are added do not change those before.
+    To be traced: what is computed in the end is each parameter once.
+
+    Args:
+        build: the module, drawing from the streams that it is given.
+        key: of the whole.
+    """
+    traced, shapes = jax.make_jaxpr(lambda key: split(build(OneKey(key)))[1], return_shape=True)(key)
+    paths, treedef = jax.tree_util.tree_flatten_with_path(shapes)
+    leaves = []
+    for number, (path, _) in enumerate(paths):
+        name = "/".join(str(entry.key) for entry in path)
+        own = jax.random.fold_in(key, zlib.crc32(name.encode()))
+        leaves.append(jex.jaxpr_as_fun(_only(traced, number))(own)[0])
+    return jax.tree.unflatten(treedef, leaves)
+
+
+def _only(traced: jex.ClosedJaxpr, number: int) -> jex.ClosedJaxpr:
+    """The part of a traced function that one of its results needs."""
+    jaxpr = traced.jaxpr
+    result = jaxpr.outvars[number]
+    needed, equations = ({result} if isinstance(result, jex.Var) else set()), []  # a constant needs nothing
+    for equation in reversed(jaxpr.eqns):
+        if not needed.isdisjoint(equation.outvars):
+            equations.append(equation)
+            needed.update(atom for atom in equation.invars if isinstance(atom, jex.Var))
+    part = jaxpr.replace(eqns=equations[::-1], outvars=[result])
+    return jex.ClosedJaxpr(part, traced.consts)
 
 
 def logical_axes(module: nnx.Module) -> Axes:

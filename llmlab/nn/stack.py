@@ -248,7 +248,7 @@ def _stacked(block: Block, repeats: int, depth: int, dim: int, rngs: nnx.Rngs) -
     """A block whose every parameter carries a leading dimension of `repeats`, each repeat drawn by its own key."""
 
     def build(key: jax.Array) -> nnx.Module:
-        return block.build(dim, rngs=nnx.Rngs(params=key), depth=depth)
+        return block.build(dim, rngs=type(rngs)(params=key), depth=depth)
 
     keys = jax.random.split(rngs.params(), repeats)
     state = jax.vmap(lambda key: nnx.split(build(key))[1])(keys)

@@ -1,7 +1,9 @@
 """What every optimizer has in common: learning rate, weight decay, clipping, parameter groups, weight averaging."""
 
 import abc
+import copy
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -88,6 +90,19 @@ class Optimizer(abc.ABC):
             function from step (int or int32 array) to rate (float32), which may be traced.
         """
         return self.schedule.build(self.peak_lr, total_steps)
+
+    def scalars(self) -> dict[str, float]:
+        """The values that only multiply something, by field: a compiled step takes them as arguments, so that runs
+        that differ in nothing else share one program. A weight decay of zero is no multiplication and is not there."""
+        values = {"peak_lr": self.peak_lr, "weight_decay": self.weight_decay}
+        return {name: value for name, value in values.items() if value}
+
+    def with_scalars(self, values: Mapping[str, Any]) -> "Optimizer":
+        """The same with other values of `scalars()`, which may be traced and are therefore not checked."""
+        other = copy.copy(self)
+        for name, value in values.items():
+            object.__setattr__(other, name, value)  # frozen, and replace() would compare what is traced
+        return other
 
     def build(self, params_axes: dict[str, Any], total_steps: int) -> "optax.GradientTransformation":
         """The optimizer for parameters with these axes.

@@ -74,11 +74,11 @@ class Schedule(abc.ABC):
                 f"never be reached; use at most {total_steps - 1}, or a longer run"
             )
 
-    def build(self, peak: float, total_steps: int) -> LearningRate:
+    def build(self, peak: "float | jax.Array", total_steps: int) -> LearningRate:
         """The learning rate of every step, as a function that may be traced.
 
         Args:
-            peak: the highest rate.
+            peak: the highest rate, which may be traced.
             total_steps: length of the run.
 
         Raises:

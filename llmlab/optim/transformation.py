@@ -31,7 +31,7 @@ def assemble(optimizer: Optimizer, params_axes: dict[str, Any], total_steps: int
     learning_rate = optimizer.learning_rate(total_steps)
 
     def decay(updates: Tree, params: Tree) -> Tree:
-        return jax.tree.map(lambda u, x, rate: u + rate * x if rate else u, updates, params, decays)
+        return jax.tree.map(lambda u, x, rate: u if _is_zero(rate) else u + rate * x, updates, params, decays)
 
     rule = optimizer.rule(trained, decay)
 
@@ -105,7 +105,12 @@ def metrics(optimizer_state: Any) -> dict[str, Float[Array, ""]]:
     return {name: optimizer_state[name] for name in ("learning_rate", "gradient_norm")}
 
 
-def _weight_decay(optimizer: Optimizer, parameter: Parameter, group: Group | None) -> float:
+def _is_zero(rate: Any) -> bool:
+    return not isinstance(rate, jax.Array) and rate == 0
+
+
+def _weight_decay(optimizer: Optimizer, parameter: Parameter, group: Group | None) -> Any:
+    """A number, traced where the optimizer's is."""
     if group is not None and group.weight_decay is not None:
         return group.weight_decay
     return 0.0 if parameter.kind in optimizer.decay_exclude else optimizer.weight_decay

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-from flax import nnx
+import optax
 from jaxtyping import Int64
 
-from llmlab.nn.module import Params, num_parameters, split
+from llmlab.nn.module import Params, draw, num_parameters
 from llmlab.objectives import Batch, Objective
 from llmlab.optim import Optimizer
 from llmlab.sharding import Placement
 from llmlab.training.config import Train
-from llmlab.training.state import Layout, TrainState, abstract, initialise, new_state
-from llmlab.training.step import batch_shardings, make_evaluate_step, make_train_step
+from llmlab.training.state import Layout, TrainState, abstract, make_initialise, new_state
+from llmlab.training.step import Scalars, batch_shardings, jitted, make_evaluate_step, train_step
 
 if TYPE_CHECKING:
     from llmlab.models.config import ModelConfig
@@ -41,12 +41,20 @@ class Program:
     """Shapes, types and shardings of the state."""
     batch: dict[str, jax.ShapeDtypeStruct]
     """Shapes, types and shardings of a batch."""
-    train_step: Any
-    """(state, batch) -> (state, metrics)."""
+    scalars: Scalars
+    """What the train step takes besides."""
+    seed: int
+    """Of the initial weights."""
+    step: Any
+    """(state, batch, scalars) -> (state, metrics), jitted or compiled."""
     evaluate_step: Any
-    """(params, batch) -> sums."""
-    initialise: Callable[[Weights | None], TrainState]
-    """The state before the first step, with fresh weights or given ones."""
+    """(params, batch) -> sums, jitted or compiled."""
+    parameters: Callable[[jax.Array], Params]
+    """A key to parameters, to be traced."""
+    draw: Callable[[jax.Array], TrainState]
+    """A key to the state before the first step, jitted."""
+    begin: Callable[[Params], TrainState]
+    """Parameters to the state before the first step, jitted."""
 
     @classmethod
     def build(
@@ -65,26 +73,12 @@ class Program:
         kind: dict[str, Any] = {"precision": train.precision, "ema": optimizer.ema is not None}
         unplaced = jax.eval_shape(lambda params: new_state(params, transformation, **kind), shapes)
         layout = Layout.of(unplaced, axes, placement, offload_optimizer=train.offload_optimizer)
-        params_layout: Any = layout.state.params
 
         def drawn(key: jax.Array) -> Params:
-            return split(model.build(nnx.Rngs(params=key)))[1]
+            return draw(model.build, key)
 
-        def init(weights: Weights | None) -> TrainState:
-            if weights is None:
-                return initialise(drawn, transformation, seed=train.seed, layout=layout.state, **kind)
-            given = weights(shapes)
-            absent = [name for name in shapes if name not in given]
-
-            def missing(key: jax.Array) -> Params:
-                params = drawn(key)
-                return {name: params[name] for name in absent}
-
-            if absent:
-                where_absent = {name: params_layout[name] for name in absent}
-                given = given | jax.jit(missing, out_shardings=where_absent)(jax.random.key(train.seed))
-            params = jax.tree.map(_put, given, params_layout)
-            return jax.jit(lambda p: new_state(p, transformation, **kind), out_shardings=layout.state)(params)
+        def optimizer_of(scalars: dict[str, Any]) -> optax.GradientTransformation:
+            return optimizer.with_scalars(scalars).build(axes, train.steps)
 
         where = batch_shardings(batch, placement)
         settings: dict[str, Any] = {
@@ -103,18 +97,48 @@ class Program:
                 name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=where[name])
                 for name, array in batch.items()
             },
-            train_step=make_train_step(
-                graphdef, objective, transformation, ema_decay=optimizer.ema, seed=train.seed, **settings
+            scalars=Scalars.of(optimizer, train.seed),
+            seed=train.seed,
+            step=jitted(
+                train_step(graphdef, objective, optimizer_of, ema_decay=optimizer.ema, **settings),
+                layout=layout,
+                where=(where, layout.state.step),
             ),
             evaluate_step=make_evaluate_step(graphdef, objective, **settings),
-            initialise=init,
+            parameters=drawn,
+            draw=make_initialise(drawn, transformation, layout=layout.state, **kind),
+            begin=jax.jit(lambda params: new_state(params, transformation, **kind), out_shardings=layout.state),
         )
+
+    @property
+    def train_step(self) -> "TrainStep":
+        """(state, batch) -> (state, metrics)."""
+        return TrainStep(self.step, self.scalars)
+
+    def initialise(self, weights: Weights | None = None) -> TrainState:
+        """The state before the first step, with fresh weights or given ones."""
+        key = jax.random.key(self.seed)
+        if weights is None:
+            return self.draw(key)
+        shapes: Any = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.state.params)
+        given = weights(shapes)
+        where: Any = jax.tree.map(lambda x: x.sharding, self.state.params)
+        if absent := [name for name in shapes if name not in given]:
+
+            def missing(key: jax.Array) -> Params:
+                params = self.parameters(key)
+                return {name: params[name] for name in absent}
+
+            given = given | jax.jit(missing, out_shardings={name: where[name] for name in absent})(key)
+        return self.begin(jax.tree.map(_put, given, where))
 
     def compiled(self) -> "Program":
         """The same with both steps compiled."""
-        train_step = self.train_step.lower(self.state, self.batch).compile()
+        if isinstance(self.step, jax.stages.Compiled):
+            return self
+        step = self.step.lower(self.state, self.batch, self.scalars).compile()
         evaluate_step = self.evaluate_step.lower(self.state.params, self.batch).compile()
-        return dataclasses.replace(self, train_step=train_step, evaluate_step=evaluate_step)
+        return dataclasses.replace(self, step=step, evaluate_step=evaluate_step)
 
     @functools.cached_property
     def places(self) -> Int64[np.ndarray, " rows"]:
@@ -150,6 +174,74 @@ class Program:
     def num_parameters(self) -> int:
         """Of the model."""
         return num_parameters(self.state.params)
+
+
+@dataclass(frozen=True)
+class TrainStep:
+    """A step with its scalars."""
+
+    step: Any
+    """(state, batch, scalars) -> (state, metrics), jitted or compiled."""
+    scalars: Scalars
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+        return self.step(state, batch, self.scalars)
+
+    def lower(self, state: TrainState, batch: Mapping[str, Any]) -> jax.stages.Lowered:
+        """For these arrays or shapes, if it is not compiled."""
+        return self.step.lower(state, batch, self.scalars)
+
+
+class Programs:
+    """Programs that this process has compiled, for runs that differ in scalars only (learning rate, weight decay,
+    seed): they are compiled once.
+
+    Args:
+        keep: how many; those used longest ago are forgotten.
+    """
+
+    def __init__(self, keep: int = 8) -> None:
+        self._keep = keep
+        # A list, for configs are compared and need not be hashable; and it is short.
+        self._compiled: list[tuple[tuple[Any, ...], Program]] = []
+
+    def build(
+        self,
+        model: "ModelConfig",
+        objective: Objective,
+        optimizer: Optimizer,
+        placement: Placement,
+        train: Train,
+        batch: Mapping[str, np.ndarray],
+    ) -> Program:
+        """As `Program.build`, compiled already where an equal one was kept."""
+        key = _what_is_compiled(model, objective, optimizer, placement, train, batch)
+        for number, (known, program) in enumerate(self._compiled):
+            if known == key:
+                self._compiled.append(self._compiled.pop(number))
+                return dataclasses.replace(program, scalars=Scalars.of(optimizer, train.seed), seed=train.seed)
+        return Program.build(model, objective, optimizer, placement, train, batch)
+
+    def add(self, program: Program, objective: Objective, optimizer: Optimizer, train: Train) -> None:
+        """Keeps a compiled program that was built of these."""
+        key = _what_is_compiled(program.model, objective, optimizer, program.placement, train, program.batch)
+        if all(known != key for known, _ in self._compiled):
+            self._compiled = [*self._compiled[-self._keep + 1 :], (key, program)]
+
+
+def _what_is_compiled(
+    model: Any,
+    objective: Objective,
+    optimizer: Optimizer,
+    placement: Placement,
+    train: Train,
+    batch: Mapping[str, Any],
+) -> tuple[Any, ...]:
+    """Everything that a program depends on but the scalars."""
+    shapes = {name: (tuple(array.shape), np.dtype(array.dtype)) for name, array in batch.items()}
+    rule = optimizer.with_scalars(dict.fromkeys(optimizer.scalars(), 1.0))
+    settings = (train.steps, train.accumulation, train.precision, train.offload_optimizer)
+    return model, objective, rule, placement, settings, shapes
 
 
 def _put(array: jax.Array | np.ndarray, where: jax.sharding.Sharding) -> jax.Array:

@@ -11,7 +11,7 @@ import hashlib
 import math
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -33,7 +33,7 @@ from llmlab.training.faults import Interruption, in_background, wait
 from llmlab.training.loop import UNEVALUATED, Parts, train
 from llmlab.training.metrics import Log, MetricsLog, NoLog, read_metrics
 from llmlab.training.phases import Phases
-from llmlab.training.program import Program, Weights
+from llmlab.training.program import Program, Programs, Weights
 from llmlab.training.recorder import Recorder
 from llmlab.training.report import Report
 from llmlab.training.state import TrainState
@@ -48,7 +48,8 @@ class Session:
     """What a session works with.
 
     `started` is called when everything is ready, with the number of steps done and the fingerprints of data and
-    tokenizer; `weights` gives the parameters to start a new run from, None for fresh ones; `processes` train together.
+    tokenizer; `weights` gives the parameters to start a new run from, None for fresh ones; `processes` train together;
+    `programs` are those that earlier sessions of this process compiled.
     """
 
     experiment: "Experiment"
@@ -59,6 +60,7 @@ class Session:
     started: Callable[[int, dict[str, str]], None]
     weights: Weights | None = None
     processes: Cluster = cluster.ALONE
+    programs: Programs = field(default_factory=Programs)
 
     def run(self) -> tuple[Any, Tokenizer, dict[str, Any]]:
         """Trains to the end; returns the model, the tokenizer and the summary, which the first process alone has.
@@ -72,7 +74,7 @@ class Session:
         model = self.experiment.model.with_vocabulary(tokenizer.vocab_size)
         _check_labels(model.num_labels, dataset.num_labels)
         model.check_batch(dataset.validation.batch(0))
-        program = Program.build(
+        program = self.programs.build(
             model,
             self.experiment.objective,
             self.experiment.optimizer,
@@ -95,6 +97,7 @@ class Session:
             compiling = in_background(program.compiled)
             state, start, unevaluated = self._state(program, checkpoints)
             program = wait(compiling)
+            self.programs.add(program, self.experiment.objective, self.experiment.optimizer, self.experiment.train)
             # Collectives give up on a process that is half a minute late, and compiling takes longer than that.
             self.processes.meet("compiled")
             log.cut_back(start)

@@ -84,21 +84,20 @@ def new_state(
     )
 
 
-def initialise(
+def make_initialise(
     init_params: Callable[[jax.Array], Params],
     optimizer: optax.GradientTransformation,
     *,
-    seed: int,
     precision: str = "float32",
     ema: bool = False,
     layout: TrainState | None = None,
-) -> TrainState:
-    """The state before the first step, computed where it will live: no device ever holds more than its share.
+) -> Callable[[jax.Array], TrainState]:
+    """The jitted way from a key to the state before the first step, computed where it will live: no device ever holds
+    more than its share. The same key gives the same numbers on every layout.
 
     Args:
         init_params: key to freshly drawn parameters.
         optimizer: its state is initialised too.
-        seed: of the parameters; the same seed gives the same numbers on every layout.
         precision: "float16" adds loss scaling.
         ema: whether to keep an average of the parameters.
         layout: shardings of every array, from `Layout.of`; None for the default device.
@@ -108,7 +107,14 @@ def initialise(
         return new_state(init_params(key), optimizer, precision=precision, ema=ema)
 
     # The key is an argument: of a constant the compiler would try to draw the weights itself.
-    return jax.jit(init, out_shardings=layout)(jax.random.key(seed))
+    return jax.jit(init, out_shardings=layout)
+
+
+def initialise(
+    init_params: Callable[[jax.Array], Params], optimizer: optax.GradientTransformation, *, seed: int, **settings: Any
+) -> TrainState:
+    """The state before the first step of a seed; other arguments as for `make_initialise`."""
+    return make_initialise(init_params, optimizer, **settings)(jax.random.key(seed))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,16 +14,19 @@ a mean of the parts' means would give tokens of short parts more weight (a bug t
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
 from llmlab.nn.module import Params, merge
 from llmlab.objectives import Batch, LossParts, Objective
+from llmlab.optim import Optimizer
 from llmlab.optim import transformation as optim
 from llmlab.sharding import Placement, activate
 from llmlab.training.pipelined import Pipelined
@@ -37,29 +40,68 @@ BatchShardings = dict[str, NamedSharding]
 _DROPOUT_KEY = 0xD20
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Scalars:
+    """What a compiled step takes besides the state and the batch: runs that differ in nothing else share a program."""
+
+    key: Any
+    """Data of the key of dropout, two uint32."""
+    optimizer: dict[str, Any]
+    """Of `Optimizer.scalars`, as float32."""
+
+    @classmethod
+    def of(cls, optimizer: Optimizer, seed: int) -> "Scalars":
+        """As NumPy arrays, which every process has alike."""
+        key = np.asarray(jax.random.key_data(jax.random.fold_in(jax.random.key(seed), _DROPOUT_KEY)))
+        return cls(key=key, optimizer={name: np.float32(value) for name, value in optimizer.scalars().items()})
+
+
 def make_train_step(
+    graphdef: Any, objective: Objective, optimizer: optax.GradientTransformation, *, seed: int = 0, **settings: Any
+) -> Any:
+    """The jitted step of one optimizer and one seed of dropout, `(state, batch) -> (state, metrics)`; the state that
+    goes in is given up. Other arguments as for `train_step`."""
+    key = np.asarray(jax.random.key_data(jax.random.fold_in(jax.random.key(seed), _DROPOUT_KEY)))
+    step = train_step(graphdef, objective, lambda _: optimizer, **settings)
+    return jitted(
+        lambda state, batch: step(state, batch, Scalars(key=key, optimizer={})),
+        layout=settings.get("layout"),
+        where=(settings.get("where"),),
+    )
+
+
+def jitted(step: Callable[..., tuple[TrainState, Metrics]], *, layout: Layout | None, where: tuple[Any, ...]) -> Any:
+    """A step compiled on its first call, the state that goes in given up; `where` places its other arguments."""
+    if layout is None:
+        return jax.jit(step, donate_argnums=0)
+    everywhere = layout.state.step  # the metrics, so that every process can read them
+    return jax.jit(
+        step, donate_argnums=0, in_shardings=(layout.state, *where), out_shardings=(layout.state, everywhere)
+    )
+
+
+def train_step(
     graphdef: Any,
     objective: Objective,
-    optimizer: optax.GradientTransformation,
+    optimizer: Callable[[dict[str, Any]], optax.GradientTransformation],
     *,
     accumulation: int = 1,
     precision: Precision = "float32",
     ema_decay: float | None = None,
-    seed: int = 0,
     placement: Placement | None = None,
     layout: Layout | None = None,
     where: BatchShardings | None = None,
-) -> Any:
-    """The jitted step, `(state, batch) -> (state, metrics)`; the state that goes in is given up.
+) -> Callable[[TrainState, Batch, Scalars], tuple[TrainState, Metrics]]:
+    """The step as a function to be traced, `(state, batch, scalars) -> (state, metrics)`.
 
     Args:
         graphdef: of the model, from `llmlab.nn.module.split`.
         objective: gives sums over a batch.
-        optimizer: from `Optimizer.build`.
+        optimizer: the transformation, `Optimizer.build`'s, for values of the scalars.
         accumulation: parts of the batch, which it must divide.
         precision: of the arithmetic.
         ema_decay: of the average of the parameters, which the state must then have; None keeps none.
-        seed: of dropout.
         placement: devices and rules, together with `layout` and `where`; None for the default device.
         layout: where the state is, from `Layout.of`.
         where: where the batch is, from `batch_shardings`.
@@ -71,12 +113,12 @@ def make_train_step(
 
     pipeline = Pipelined.of(graphdef, objective, layout.axes if layout else {}, placement, precision)
 
-    def gradients(state: TrainState, batch: Batch) -> tuple[Params, LossParts]:
+    def gradients(state: TrainState, batch: Batch, scalars: Scalars) -> tuple[Params, LossParts]:
         batch = objective.prepare(batch)
         count = objective.count(batch)
         per_token = 1.0 / jnp.where(count > 0, count, 1.0)  # a batch without a counted token has zero gradient
         scale = 1.0 if state.loss_scale is None else state.loss_scale.scale
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _DROPOUT_KEY), state.step)
+        key = jax.random.fold_in(jax.random.wrap_key_data(scalars.key), state.step)
 
         def loss(params: Params, part: Batch, number: jax.Array | int) -> tuple[jax.Array, LossParts]:
             model = merge(graphdef, cast(params, precision))
@@ -97,9 +139,9 @@ def make_train_step(
             gradient = jax.tree.map(lambda g: g / scale, gradient)
         return gradient, parts
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: Batch, scalars: Scalars) -> tuple[TrainState, Metrics]:
         with activate(placement):
-            gradient, parts = gradients(state, batch)
+            gradient, parts = gradients(state, batch, scalars)
         # The update is computed where the optimizer's state is, which under ZeRO is not where parameters are.
         update = None if layout is None else layout.update
         optimizer_state: Any = state.optimizer_state
@@ -107,7 +149,7 @@ def make_train_step(
             optimizer_state = jax.device_put(optimizer_state, layout.optimizer)
             state = dataclasses.replace(state, optimizer_state=optimizer_state)
         gradient, old = _placed(gradient, update), _placed(state.params, update)
-        updates, optimizer_state = optimizer.update(gradient, optimizer_state, old)
+        updates, optimizer_state = optimizer(scalars.optimizer).update(gradient, optimizer_state, old)
         params: Any = _placed(optax.apply_updates(old, updates), update)
         metrics = per_count(parts, "train") | optim.metrics(optimizer_state)
         loss_scale = state.loss_scale
@@ -127,10 +169,7 @@ def make_train_step(
             loss_scale=loss_scale,
         ), metrics
 
-    if layout is None:
-        return jax.jit(step, donate_argnums=0)
-    everywhere = layout.state.step  # the numbers, so that every process can read them
-    return jax.jit(step, donate_argnums=0, in_shardings=(layout.state, where), out_shardings=(layout.state, everywhere))
+    return step
 
 
 def make_evaluate_step(

@@ -10,6 +10,7 @@ CPU, a consumer card) is measured: the best of a few large matrix products. That
 speed the run gets, and nothing that could be compared with the vendors' figures; the convention says which one it is.
 """
 
+import functools
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -106,7 +107,7 @@ def measured_peak(device: Any, *, dim: int | None = None, repeats: int = 8) -> f
 
     dim = dim or (1024 if device.platform == "cpu" else 8192)
     x = jax.device_put(jnp.full((dim, dim), 1.0 / dim, _measured_dtype(device)), device)
-    product = jax.jit(lambda a: a @ a)
+    product = _square()
     product(x).block_until_ready()  # compiled, and the threads awake
     best = float("inf")
     for _ in range(repeats):
@@ -114,6 +115,14 @@ def measured_peak(device: Any, *, dim: int | None = None, repeats: int = 8) -> f
         product(x).block_until_ready()
         best = min(best, time.perf_counter() - start)
     return 2.0 * dim**3 / best
+
+
+@functools.cache
+def _square() -> Any:
+    """A product that is compiled once in a process, however many runs it has."""
+    import jax
+
+    return jax.jit(lambda a: a @ a)
 
 
 def _measured_dtype(device: Device) -> str:

@@ -219,6 +219,7 @@ def check(program: Program, compiled: Any) -> None:
     """What holds for every layout: arguments are their arrays, and the arithmetic is the model's, shared evenly."""
     held = bytes_per_device((program.state, program.batch))
     # A step reports these and never reads those of the step before: jax drops arguments that nothing uses.
+    held += sum(value.nbytes for value in program.scalars.optimizer.values())
     held -= bytes_per_device([program.state.optimizer_state[name] for name in ("learning_rate", "gradient_norm")])
     assert held == compiled.memory_analysis().argument_size_in_bytes
     flops = work(Module.parse(compiled.as_text())).flops
