@@ -10,7 +10,6 @@ import contextlib
 import functools
 import json
 import math
-import signal
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -26,10 +25,10 @@ from llmlab.objectives import NextToken, PrefixLM
 from llmlab.sharding import cluster
 from llmlab.sharding.cluster import Cluster, Departed
 from llmlab.training.directory import RunDirectory, write_json
-from llmlab.training.faults import Interrupted, Interruption, NonFiniteError
+from llmlab.training.faults import Interrupted, Interruption
 from llmlab.training.metrics import read_metrics
 from llmlab.training.phases import Phases
-from llmlab.training.provenance import Provenance, Status
+from llmlab.training.provenance import Account, Provenance
 from llmlab.training.report import NullReport, Report
 
 if TYPE_CHECKING:
@@ -219,7 +218,7 @@ def train(
 
     def prepare() -> bool:
         held.enter_context(directory.held())
-        _settle_config(directory, experiment, report, allow=allow_config_change)
+        settle_config(directory, experiment, report, allow=allow_config_change)
         return Run(directory.path).summary.get("step") == experiment.train.steps
 
     try:
@@ -275,7 +274,7 @@ def together() -> Iterator[None]:
         raise
 
 
-def _settle_config(directory: RunDirectory, experiment: Experiment, report: Report, *, allow: bool) -> None:
+def settle_config(directory: RunDirectory, experiment: Experiment, report: Report, *, allow: bool) -> None:
     """Writes the config into a new run; in one that exists it must be the same, or the change allowed."""
     if directory.config.exists():
         before = read_experiment(directory.path)
@@ -312,61 +311,47 @@ def _train(
     from llmlab.training.program import Programs
     from llmlab.training.session import Session
 
-    provenance: Provenance | None = None
-    first_step = 0
-
-    def started(step: int, fingerprints: dict[str, str]) -> None:
-        nonlocal provenance, first_step
-        if not processes.is_first:
-            return
-        first_step = step
-        provenance = begin(first_step=step)
-        provenance.fingerprints(**fingerprints)
-
-    def finish(status: Status, step: int | None) -> None:
-        if provenance is not None:
-            provenance.finish(status, last_step=first_step if step is None else step)
-
-    weights = None
-    if experiment.initialize_from is not None:
-        weights = pretrained(experiment.initialize_from, experiment.model)
+    account = Account(begin, writes=processes.is_first)
     session = Session(
         experiment=experiment,
         directory=directory,
         report=report,
         phases=phases,
         interruption=interruption,
-        started=started,
-        weights=weights,
+        started=account.started,
+        weights=initial_weights(experiment),
         processes=processes,
         programs=programs or Programs(),
     )
-    try:
+    with account.failures():
         model, tokenizer, summary = session.run()
         # Several processes have a part of the model each, and no loop of tokens that they could turn together.
-        if (
-            processes.count == 1
-            and isinstance(experiment.model, Transformer)
-            and isinstance(experiment.objective, NextToken | PrefixLM)
-        ):
-            summary["sample"] = _sample(model, tokenizer)
-    except Interrupted as error:
-        finish("preempted" if error.signal == signal.SIGTERM else "interrupted", error.step)
-        raise
-    except NonFiniteError as error:
-        finish("failed", error.step)
-        raise
-    except BaseException:
-        finish("failed", None)
-        raise
+        if processes.count == 1:
+            summary |= closing_sample(experiment, model, tokenizer)
     phases.stop()
-    if not processes.is_first:
-        return summary
+    if processes.is_first:
+        conclude(directory, summary, phases)
+        account.finish("finished", summary["step"])
+    return summary
+
+
+def conclude(directory: RunDirectory, summary: dict[str, Any], phases: Phases) -> None:
+    """Writes the summary, which makes a run finished, with the seconds of its phases."""
     seconds = {name: round(value, 3) for name, value in phases.seconds.items()}
     summary["seconds"] = seconds | {"total": round(math.fsum(seconds.values()), 3)}
     write_json(directory.summary, summary)
-    finish("finished", summary["step"])
-    return summary
+
+
+def initial_weights(experiment: Experiment) -> "Weights | None":
+    """What the model starts from; None for fresh ones."""
+    path = experiment.initialize_from
+    return None if path is None else pretrained(path, experiment.model)
+
+
+def closing_sample(experiment: Experiment, model: Any, tokenizer: "Tokenizer") -> dict[str, Any]:
+    """What a decoder writes at the end of its run, for the summary."""
+    writes = isinstance(experiment.model, Transformer) and isinstance(experiment.objective, NextToken | PrefixLM)
+    return {"sample": _sample(model, tokenizer)} if writes else {}
 
 
 def pretrained(path: str, model: "ModelConfig") -> "Weights":

@@ -56,6 +56,21 @@ def evaluate(
     Raises:
         ValueError: the split has nothing to score.
     """
+    sums = evaluated(evaluate_step, params, split, place, max_batches=max_batches, stop=stop, progress=progress)
+    return None if sums is None else means(sums)
+
+
+def evaluated(
+    evaluate_step: Callable[[Params, Batch], LossParts],
+    params: Params,
+    split: Split,
+    place: Place,
+    *,
+    max_batches: int | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[LossParts] | None:
+    """The sums of every batch, on the host; arguments as for `evaluate`."""
     total = split.num_batches if max_batches is None else min(split.num_batches, max_batches)
     sums: list[LossParts] = []
     pending: LossParts | None = None
@@ -70,16 +85,16 @@ def evaluate(
             progress(done + 1, total)
     if pending is not None:
         sums.append(jax.device_get(pending))
-    count = math.fsum(float(parts.count) for parts in sums)
-    if count == 0:
+    return sums
+
+
+def means(sums: list[LossParts]) -> dict[str, float]:
+    """What the sums of batches come to, by name. Raises ValueError where nothing is scored."""
+    if math.fsum(float(parts.count) for parts in sums) == 0:
         raise ValueError("the validation split has nothing to score; give it more documents (validation_fraction)")
-    return _means(sums)
-
-
-def _means(sums: list[LossParts]) -> dict[str, float]:
-    means = {}
+    values = {}
     for name in {"loss": None} | sums[0].metrics:
         total = math.fsum(float(parts.metrics.get(name, parts.total)) for parts in sums)
         count = math.fsum(float(parts.counts.get(name, parts.count)) for parts in sums)
-        means[name] = total / count if count else math.nan
-    return means
+        values[name] = total / count if count else math.nan
+    return values

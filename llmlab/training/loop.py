@@ -8,26 +8,67 @@ run that is stopped anywhere and taken up again at its last checkpoint ends with
 """
 
 import contextlib
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from llmlab.objectives import Batch
-from llmlab.training.checkpoint import Checkpoints
 from llmlab.training.config import Train
 from llmlab.training.faults import Interrupted, Interruption
 from llmlab.training.phases import Phases
-from llmlab.training.recorder import Recorder
 from llmlab.training.report import Report
 from llmlab.training.state import TrainState
-from llmlab.training.throughput import Throughput
 
-TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]
-Evaluate = Callable[[TrainState], dict[str, float] | None]
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Any]]
+Evaluate = Callable[[TrainState], dict[str, Any] | None]
 """Metrics of a state; None where a signal asked to stop."""
+
+
+@runtime_checkable
+class Saver(Protocol):
+    """What the loop asks of `Checkpoints`."""
+
+    def save(self, state: TrainState, step: int, meta: Mapping[str, Any]) -> None:
+        """Begins to save the state after `step` steps."""
+        ...
+
+    def poll(self) -> int | None:
+        """The step of a save that has finished since the last call, if one has."""
+        ...
+
+    def wait(self) -> int | None:
+        """Waits for the save that is under way, and returns its step."""
+        ...
+
+
+@runtime_checkable
+class Recording(Protocol):
+    """What the loop asks of `Recorder`."""
+
+    def step(self, step: int, metrics: Any) -> None:
+        """Takes the numbers of a step that was just dispatched."""
+        ...
+
+    def flush(self) -> None:
+        """Waits for the last step that was dispatched, and records it."""
+        ...
+
+    def evaluation(self, step: int, metrics: dict[str, Any]) -> None:
+        """Records an evaluation after `step` steps."""
+        ...
+
 
 UNEVALUATED = "unevaluated"
 """Key of a checkpoint's meta: the evaluation that was due at its step was cut short, and is made up for on resuming."""
+
+
+@runtime_checkable
+class Pauses(Protocol):
+    """What the loop asks of `Throughput`."""
+
+    def pause(self) -> contextlib.AbstractContextManager[None]:
+        """What happens inside is no training."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +80,9 @@ class Parts:
     evaluate: Evaluate
     batches: Callable[[int], Generator[Batch, None, None]]
     """The batches from a step on."""
-    checkpoints: Checkpoints
-    recorder: Recorder
-    speed: Throughput
+    checkpoints: Saver
+    recorder: Recording
+    speed: Pauses
     phases: Phases
     report: Report
     interruption: Interruption
@@ -94,7 +135,7 @@ def _look(state: TrainState, step: int, parts: Parts) -> None:
     """What happens between steps: evaluation, saving, and leaving when asked to."""
     config, checkpoints = parts.config, parts.checkpoints
     parts.recorder.flush()  # raises where this step's loss is not finite: such a state must not be saved
-    meta: dict[str, float] = {}
+    meta: dict[str, Any] = {}
     with parts.speed.pause():
         if evaluation_due(step, config):
             with parts.phases.within("evaluate"):

@@ -12,12 +12,19 @@ import optax
 from jaxtyping import Int64
 
 from llmlab.nn.module import Params, draw, num_parameters
-from llmlab.objectives import Batch, Objective
+from llmlab.objectives import Batch, LossParts, Objective
 from llmlab.optim import Optimizer
 from llmlab.sharding import Placement
 from llmlab.training.config import Train
 from llmlab.training.state import Layout, TrainState, abstract, make_initialise, new_state
-from llmlab.training.step import Scalars, batch_shardings, jitted, make_evaluate_step, train_step
+from llmlab.training.step import (
+    Scalars,
+    batch_shardings,
+    evaluate_step,
+    jitted,
+    make_evaluate_step,
+    train_step,
+)
 
 if TYPE_CHECKING:
     from llmlab.models.config import ModelConfig
@@ -49,6 +56,10 @@ class Program:
     """(state, batch, scalars) -> (state, metrics), jitted or compiled."""
     evaluate_step: Any
     """(params, batch) -> sums, jitted or compiled."""
+    traced_step: Callable[[TrainState, Batch, Scalars], tuple[TrainState, dict[str, Any]]]
+    """`step`, to be traced."""
+    traced_evaluate: Callable[[Params, Batch], LossParts]
+    """`evaluate_step`, to be traced."""
     parameters: Callable[[jax.Array], Params]
     """A key to parameters, to be traced."""
     draw: Callable[[jax.Array], TrainState]
@@ -88,6 +99,7 @@ class Program:
             "layout": layout,
             "where": where,
         }
+        step = train_step(graphdef, objective, optimizer_of, ema_decay=optimizer.ema, **settings)
         return cls(
             model=model,
             graphdef=graphdef,
@@ -99,12 +111,10 @@ class Program:
             },
             scalars=Scalars.of(optimizer, train.seed),
             seed=train.seed,
-            step=jitted(
-                train_step(graphdef, objective, optimizer_of, ema_decay=optimizer.ema, **settings),
-                layout=layout,
-                where=(where, layout.state.step),
-            ),
+            step=jitted(step, layout=layout, where=(where, layout.state.step)),
             evaluate_step=make_evaluate_step(graphdef, objective, **settings),
+            traced_step=step,
+            traced_evaluate=evaluate_step(graphdef, objective, **settings),
             parameters=drawn,
             draw=make_initialise(drawn, transformation, layout=layout.state, **kind),
             begin=jax.jit(lambda params: new_state(params, transformation, **kind), out_shardings=layout.state),

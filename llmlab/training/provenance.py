@@ -19,21 +19,24 @@ Secrets stay out: of the environment's variables only those that change what jax
 these none whose name speaks of a key or token.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
 from llmlab.training.directory import write_json
+from llmlab.training.faults import Interrupted, NonFiniteError
 
 FILE_NAME = "provenance.json"
 MAX_DIFF_BYTES = 256 * 1024
@@ -138,6 +141,47 @@ class Provenance:
 
     def _write(self) -> None:
         write_json(self.path, self.content)
+
+
+class Account:
+    """A session's part of a run's provenance, from its first step to its end.
+
+    Args:
+        begin: `Provenance.begin` with all but the first step.
+        writes: whether this process is the one that writes.
+    """
+
+    def __init__(self, begin: Callable[..., Provenance], *, writes: bool = True) -> None:
+        self._begin, self._writes = begin, writes
+        self._provenance: Provenance | None = None
+        self._first_step = 0
+
+    def started(self, step: int, fingerprints: Mapping[str, str]) -> None:
+        """Everything is ready; so many steps are done."""
+        if self._writes:
+            self._first_step = step
+            self._provenance = self._begin(first_step=step)
+            self._provenance.fingerprints(**fingerprints)
+
+    def finish(self, status: Status, step: int | None) -> None:
+        """How it ended, after how many steps where that is known; nothing is written of what never started."""
+        if self._provenance is not None:
+            self._provenance.finish(status, last_step=self._first_step if step is None else step)
+
+    @contextlib.contextmanager
+    def failures(self) -> Iterator[None]:
+        """Writes down what ends the session early."""
+        try:
+            yield
+        except Interrupted as error:
+            self.finish("preempted" if error.signal == signal.SIGTERM else "interrupted", error.step)
+            raise
+        except NonFiniteError as error:
+            self.finish("failed", error.step)
+            raise
+        except BaseException:
+            self.finish("failed", None)
+            raise
 
 
 def _empty() -> dict[str, Any]:

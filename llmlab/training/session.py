@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import math
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -66,15 +66,41 @@ class Session:
         """Trains to the end; returns the model, the tokenizer and the summary, which the first process alone has.
         Raises what `loop.train` raises."""
         writes = self.processes.is_first
-        tokenizer = self._tokenizer()
-        dataset = self._dataset(tokenizer)
+        tokenizer = self.tokenizer()
+        dataset = self.dataset(tokenizer)
         self.processes.check_same(tokenizer=tokenizer.fingerprint, data=dataset.fingerprint)
         # Counting takes a second per 10 million tokens: beside everything else.
         counted = in_background(lambda: dataset.baselines(self.experiment.train.accumulation) if writes else {})
+        program = self.program(tokenizer, dataset)
+        checkpoints = self.checkpoints()
+        log: Log = MetricsLog(self.directory.path) if writes else NoLog()
+        with contextlib.closing(checkpoints), contextlib.closing(log):
+            devices = _devices(program.placement, self.experiment.train.accumulation)
+            self.phases.begin("compile", f"{program.num_parameters:,} parameters, {devices}")
+            compiling = in_background(program.compiled)
+            state, start, unevaluated = self.state(program, checkpoints)
+            program = wait(compiling)
+            self.programs.add(program, self.experiment.objective, self.experiment.optimizer, self.experiment.train)
+            # Collectives give up on a process that is half a minute late, and compiling takes longer than that.
+            self.processes.meet("compiled")
+            log.cut_back(start)
+            self.started(start, {"data": dataset.fingerprint, "tokenizer": tokenizer.fingerprint})
+            speed = throughput(program, self.experiment.train.steps)
+            parts = self._parts(program, dataset, checkpoints, log, speed)
+            self.phases.begin("train")
+            self.report.progress(start, self.experiment.train.steps, "steps")
+            state = train(state, start, parts, unevaluated=unevaluated)
+        self.phases.begin("summary")
+        summary = self.summary(program, dataset, speed, wait(counted)) if writes else {}
+        return merge(program.graphdef, state.params), tokenizer, summary
+
+    def program(self, tokenizer: Tokenizer, dataset: Dataset) -> Program:
+        """What the devices will do, compiled if an equal one was compiled before. Raises ValueError where model and
+        data do not fit."""
         model = self.experiment.model.with_vocabulary(tokenizer.vocab_size)
         _check_labels(model.num_labels, dataset.num_labels)
         model.check_batch(dataset.validation.batch(0))
-        program = self.programs.build(
+        return self.programs.build(
             model,
             self.experiment.objective,
             self.experiment.optimizer,
@@ -82,7 +108,10 @@ class Session:
             self.experiment.train,
             dataset.validation.batch(0),
         )
-        checkpoints = Checkpoints(
+
+    def checkpoints(self) -> Checkpoints:
+        """Of the run, to be closed."""
+        return Checkpoints(
             self.directory.checkpoints,
             self.directory.quarantine,
             keep_last=self.experiment.train.keep_last,
@@ -90,33 +119,8 @@ class Session:
             tell=lambda text: self.report.message(text, "warning"),
             processes=self.processes,
         )
-        log: Log = MetricsLog(self.directory.path) if writes else NoLog()
-        with contextlib.closing(checkpoints), contextlib.closing(log):
-            devices = _devices(program.placement, self.experiment.train.accumulation)
-            self.phases.begin("compile", f"{program.num_parameters:,} parameters, {devices}")
-            compiling = in_background(program.compiled)
-            state, start, unevaluated = self._state(program, checkpoints)
-            program = wait(compiling)
-            self.programs.add(program, self.experiment.objective, self.experiment.optimizer, self.experiment.train)
-            # Collectives give up on a process that is half a minute late, and compiling takes longer than that.
-            self.processes.meet("compiled")
-            log.cut_back(start)
-            self.started(start, {"data": dataset.fingerprint, "tokenizer": tokenizer.fingerprint})
-            speed = Throughput(
-                flops_per_token=program.model.flops(program.shapes) / program.model.num_tokens(program.shapes),
-                tokens_per_step=program.model.num_tokens(program.shapes),
-                total_steps=self.experiment.train.steps,
-                peak=peak(list(program.placement.mesh.devices.flat)),
-            )
-            parts = self._parts(program, dataset, checkpoints, log, speed)
-            self.phases.begin("train")
-            self.report.progress(start, self.experiment.train.steps, "steps")
-            state = train(state, start, parts, unevaluated=unevaluated)
-        self.phases.begin("summary")
-        summary = self._summary(program, dataset, speed, wait(counted)) if writes else {}
-        return merge(program.graphdef, state.params), tokenizer, summary
 
-    def _tokenizer(self) -> Tokenizer:
+    def tokenizer(self) -> Tokenizer:
         """The run's own tokenizer, made by the first process where there is none yet."""
 
         def make() -> None:
@@ -147,7 +151,8 @@ class Session:
                 tokenizer.save(cached)
         return tokenizer
 
-    def _dataset(self, tokenizer: Tokenizer) -> Dataset:
+    def dataset(self, tokenizer: Tokenizer) -> Dataset:
+        """What it reads, in tokens."""
         config = self.experiment.train
         self.phases.begin("tokens", f"vocabulary of {tokenizer.vocab_size:,}")
 
@@ -168,7 +173,7 @@ class Session:
             self.report.message(remark, "warning")
         return dataset
 
-    def _state(self, program: Program, checkpoints: Checkpoints) -> tuple[TrainState, int, bool]:
+    def state(self, program: Program, checkpoints: Checkpoints) -> tuple[TrainState, int, bool]:
         """The state to go on from, the steps it has done, and whether an evaluation at that step is missing."""
         had_some = bool(checkpoints.steps())
         restored = checkpoints.restore(program.state)
@@ -205,18 +210,10 @@ class Session:
                 progress=lambda done, total: report.progress(done, total, "evaluate"),
             )
 
-        def look(state: TrainState) -> dict[str, float] | None:
-            metrics = validate(state.params)
-            averaged = None if state.ema is None else validate(state.ema)
-            if metrics is None or (state.ema is not None and averaged is None):
-                return None
-            of_average = {f"validation/ema_{name}": value for name, value in (averaged or {}).items()}
-            return {f"validation/{name}": value for name, value in metrics.items()} | of_average
-
         return Parts(
             config=config,
             step=program.train_step,
-            evaluate=look,
+            evaluate=lambda state: validation(state, validate),
             batches=lambda start: prefetch(batch, start, program.place, stop=config.steps),
             checkpoints=checkpoints,
             recorder=Recorder(log, report, speed, config, checkpoints.newest),
@@ -226,7 +223,7 @@ class Session:
             interruption=self.interruption,
         )
 
-    def _summary(
+    def summary(
         self, program: Program, dataset: Dataset, speed: Throughput, counted: dict[str, float]
     ) -> dict[str, Any]:
         """What is known at the end: the last value of every metric, the baselines, the time by phase."""
@@ -252,6 +249,27 @@ class Session:
             summary["mfu"] = summary["model_flops_per_second"] / speed.peak.flops_per_second
             summary["mfu_convention"] = f"MFU of {speed.peak.source}; {FLOP_CONVENTION}"
         return summary
+
+
+def validation(state: TrainState, evaluate: Callable[[Params], Mapping[str, Any] | None]) -> dict[str, Any] | None:
+    """The metrics of a state and of its averaged weights, named as in metrics.jsonl; None where a signal came."""
+    metrics = evaluate(state.params)
+    averaged = None if state.ema is None else evaluate(state.ema)
+    if metrics is None or (state.ema is not None and averaged is None):
+        return None
+    of_average = {f"validation/ema_{name}": value for name, value in (averaged or {}).items()}
+    return {f"validation/{name}": value for name, value in metrics.items()} | of_average
+
+
+def throughput(program: Program, steps: int) -> Throughput:
+    """Measures the speed of a program."""
+    tokens = program.model.num_tokens(program.shapes)
+    return Throughput(
+        flops_per_token=program.model.flops(program.shapes) / tokens,
+        tokens_per_step=tokens,
+        total_steps=steps,
+        peak=peak(list(program.placement.mesh.devices.flat)),
+    )
 
 
 @dataclass(frozen=True)

@@ -172,7 +172,16 @@ def train_step(
     return step
 
 
-def make_evaluate_step(
+def make_evaluate_step(graphdef: Any, objective: Objective, **settings: Any) -> Any:
+    """The jitted evaluation of a batch, `(params, batch) -> LossParts`; arguments as for `evaluate_step`."""
+    evaluate, layout = evaluate_step(graphdef, objective, **settings), settings.get("layout")
+    if layout is None:
+        return jax.jit(evaluate)
+    where = (layout.state.params, settings.get("where"))
+    return jax.jit(evaluate, in_shardings=where, out_shardings=layout.state.step)
+
+
+def evaluate_step(
     graphdef: Any,
     objective: Objective,
     *,
@@ -181,8 +190,8 @@ def make_evaluate_step(
     placement: Placement | None = None,
     layout: Layout | None = None,
     where: BatchShardings | None = None,
-) -> Any:
-    """The jitted evaluation of a batch, `(params, batch) -> LossParts`: sums, no dropout; arguments as for training."""
+) -> Callable[[Params, Batch], LossParts]:
+    """The evaluation of a batch as a function to be traced: sums, no dropout; arguments as for `train_step`."""
 
     pipeline = Pipelined.of(graphdef, objective, layout.axes if layout else {}, placement, precision)
 
@@ -194,9 +203,7 @@ def make_evaluate_step(
             model = merge(graphdef, cast(params, precision))
             return _sum_over_parts(lambda part, _: objective.loss(model, part), batch, accumulation)
 
-    if layout is None:
-        return jax.jit(evaluate)
-    return jax.jit(evaluate, in_shardings=(layout.state.params, where), out_shardings=layout.state.step)
+    return evaluate
 
 
 def per_count(parts: LossParts, prefix: str) -> Metrics:

@@ -1,0 +1,1 @@
+"""Studies: sweeps, ablations and scaling laws over runs, with statistics."""
