@@ -26,7 +26,7 @@ from llmlab.objectives import NextToken, PrefixLM
 from llmlab.sharding import cluster
 from llmlab.sharding.cluster import Cluster, Departed
 from llmlab.training.directory import RunDirectory, write_json
-from llmlab.training.faults import Interrupted, Interruption, NonFiniteError
+from llmlab.training.faults import Interrupted, Interruption, NonFiniteError, Pruned
 from llmlab.training.metrics import read_metrics
 from llmlab.training.phases import Phases
 from llmlab.training.provenance import Provenance, Status
@@ -350,6 +350,9 @@ def _train(
         raise
     except NonFiniteError as error:
         finish("failed", error.step)
+        raise
+    except Pruned as error:
+        finish("pruned", error.step)
         raise
     except BaseException:
         finish("failed", None)

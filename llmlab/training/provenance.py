@@ -39,7 +39,7 @@ FILE_NAME = "provenance.json"
 MAX_DIFF_BYTES = 256 * 1024
 MAX_UNTRACKED = 200
 
-Status = Literal["running", "finished", "interrupted", "preempted", "failed"]
+Status = Literal["running", "finished", "interrupted", "preempted", "pruned", "failed"]
 
 _PACKAGES = (
     *("llmlab", "jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin", "flax", "optax", "numpy"),

@@ -8,16 +8,40 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llmlab.data import Packed, TextFiles
 from llmlab.experiment import Experiment
+from llmlab.models.config import Transformer
 from llmlab.nn.attention import Attention
+from llmlab.nn.config import Block
 from llmlab.nn.feed_forward import MLP, GatedMLP
 from llmlab.nn.norms import LayerNorm, RMSNorm
 from llmlab.nn.positions import Rotary
-from llmlab.optim import Constant
+from llmlab.nn.wiring import PreNorm
+from llmlab.optim import AdamW, Constant, Cosine
 from llmlab.study.ablation import Ablation, Variant, swap, unchanged, with_values
 from llmlab.study.changes import change_problems, changes_of, grouped
+from llmlab.training.config import Train
 
 Make = Callable[..., Ablation]
+
+BLOCK = Block(
+    mixer=Attention(num_heads=2, position=Rotary()),
+    ffn=MLP(hidden_dim=32, activation="relu"),
+    norm=RMSNorm(),
+    wiring=PreNorm(),
+)
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
+    corpus = tmp_path_factory.mktemp("corpus") / "corpus.txt"
+    corpus.write_text("\n".join(f"{i} is half of {2 * i}" for i in range(200)), encoding="utf-8")
+    return Experiment(
+        model=Transformer(embed_dim=16, num_layers=2, pattern=(BLOCK, BLOCK), final_norm=RMSNorm()),
+        data=Packed(TextFiles(str(corpus), separator="\n"), validation_fraction=0.2),
+        optimizer=AdamW(peak_lr=1e-2, schedule=Cosine(warmup_steps=2)),
+        train=Train(steps=6, batch_size=8, sequence_length=16),
+    )
 
 
 @pytest.fixture
