@@ -23,6 +23,9 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "plan": ("llmlab.commands.plan", "compile it for TPUs that are not here: memory, FLOPs, collectives, roofline"),
         "schedule": ("llmlab.commands.schedule", "draw an experiment's learning rate over the run"),
     },
+    "Studies": {
+        "ablate": ("llmlab.commands.ablate", "compare variants with a baseline over seeds, with a verdict and a report"),
+    },
     "Look at results": {
         "runs": ("llmlab.commands.runs", "list runs and their results in a table"),
         "plot": ("llmlab.commands.plot", "write the loss curves of runs to a PNG file"),

@@ -37,8 +37,10 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, replace
+from pathlib import Path
 from typing import Literal
 
+from llmlab.config import load_experiment_file, own_errors
 from llmlab.experiment import Experiment
 from llmlab.study.changes import (
     Change,
@@ -51,11 +53,11 @@ from llmlab.study.changes import (
     unchanged,
     with_values,
 )
+from llmlab.study.paired import Claim
+from llmlab.study.verdict import Direction
 
-__all__ = ["Ablation", "Arm", "Variant", "swap", "unchanged", "with_values"]
+__all__ = ["Ablation", "Arm", "Variant", "read_ablation", "swap", "unchanged", "with_values"]
 
-Claim = Literal["no worse", "equal", "better", "worse"]
-Direction = Literal["lower", "higher"]
 Quantity = Literal["tokens", "parameters", "flops", "seconds"]
 
 BASELINE = "baseline"
@@ -342,3 +344,24 @@ def _validation_problems(experiment: Experiment) -> list[str]:
     except ValueError as error:
         return [str(error)]
     return []
+
+
+def read_ablation(path: Path) -> Ablation:
+    """The ablation that a Python file's `ablation()` returns.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it cannot be used, or has no ablation(); the message says what to write.
+    """
+    module = load_experiment_file(path)
+    make = getattr(module, "ablation", None)
+    if not callable(make):
+        raise ValueError(
+            f"{path} has no function ablation(); write one that returns llmlab.study.ablation.Ablation(hypothesis=..., "
+            'baseline=config(), variants={"name": swap(Old, New())})'
+        )
+    with own_errors(path.resolve()):
+        found = make()
+    if not isinstance(found, Ablation):
+        raise ValueError(f"{path}: ablation() returned {found!r:.100}, which is no Ablation")
+    return found

@@ -201,6 +201,20 @@ def changes_of(baseline: Experiment, variant: Experiment) -> list[Difference]:
     return difference(baseline, variant)
 
 
+def json_difference(before: Any, after: Any, path: str = "") -> list[Difference]:
+    """What two values of JSON disagree on, None standing for what is absent; components of two classes are one entry.
+
+    For configs of which only the JSON is at hand: their classes may be a file's that is no more.
+    """
+    if isinstance(before, list) and isinstance(after, list) and any(isinstance(item, dict) for item in before + after):
+        before, after = ({str(i): item for i, item in enumerate(side)} for side in (before, after))
+    if not (isinstance(before, dict) and isinstance(after, dict)) or before.get("class") != after.get("class"):
+        return [] if before == after else [(path, before, after)]
+    keys = [*before, *(key for key in after if key not in before)]
+    where = {key: f"{path}.{key}" if path else key for key in keys}
+    return [entry for key in keys for entry in json_difference(before.get(key), after.get(key), where[key])]
+
+
 def _field(path: str) -> str:
     """Name of the field that a path leads to: "pattern" of "model.pattern.0"."""
     return next((name for name in reversed(path.split(".")) if not name.isdigit()), path)
