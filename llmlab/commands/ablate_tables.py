@@ -126,6 +126,10 @@ def print_results(results: Mapping[str, Any], folder: Path) -> None:
     console.print()
     console.print(_comparisons(results))
     console.print(Text(_legend(results), style="dim"))
+    if len(results["comparisons"]) > 1 and not results["withheld"]:
+        console.print()
+        for row in results["comparisons"]:
+            console.print(Text.assemble((row["arm"], "bold"), ": ", row["verdict"], ": ", row["reason"]))
     _print_effects(console, results)
     _print_remarks(console, results)
     console.print()

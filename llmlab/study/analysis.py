@@ -125,6 +125,8 @@ def _verdict(table: Table, decisions: Mapping[str, Decision], withheld: str | No
     if not decisions:
         return "inconclusive", NO_PAIR
     verdict, reason = study_verdict(decisions)
+    if len(decisions) == 1:
+        reason = next(iter(decisions.values())).reason
     if table.left_out:
         which = f"seed{'s' if len(table.left_out) > 1 else ''} {', '.join(map(str, table.left_out))}"
         reason += f"; {which} left out of every arm: runs without a result"
@@ -136,8 +138,7 @@ def _verdict(table: Table, decisions: Mapping[str, Decision], withheld: str | No
 
 def _achieved(arm: Arm, table: Table) -> dict[str, float | None]:
     runs = [outcome.trial for outcome in table.outcomes.values() if outcome.job.arm == arm.name]
-    finished = [matching.of_run(trial.summary) for trial in runs if trial.status is Status.FINISHED]
-    return matching.mean_of(finished, {} if finished else matching.expected(arm.experiment))
+    return matching.mean_of(matching.of_run(trial.summary) for trial in runs if trial.status is Status.FINISHED)
 
 
 def _arm(

@@ -77,13 +77,13 @@ def of_run(summary: Mapping[str, Any]) -> dict[str, float | None]:
     }
 
 
-def mean_of(runs: Iterable[Achieved], otherwise: Achieved) -> dict[str, float | None]:
-    """The mean of each quantity over the runs that tell it; what no run tells is taken from `otherwise`."""
+def mean_of(runs: Iterable[Achieved]) -> dict[str, float | None]:
+    """The mean of each quantity over the runs that tell it; None where none does."""
     runs = list(runs)
     means: dict[str, float | None] = {}
     for quantity in QUANTITIES:
         values = [value for run in runs if (value := run.get(quantity)) is not None]
-        means[quantity] = statistics.fmean(values) if values else otherwise.get(quantity)
+        means[quantity] = statistics.fmean(values) if values else None
     return means
 
 

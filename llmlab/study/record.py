@@ -9,7 +9,7 @@ A p-value bounds the error of a procedure that was fixed beforehand. A study tha
 seeds, another margin or another claim, follows a different procedure: one that goes on until it likes the answer. So
 once results have been computed, the definition stands. What is wanted all the same is done, and called exploratory in
 every report of the folder from then on. A confidence sequence holds at any number of seeds, so a sequential study may
-raise its maximum and its budget.
+change its maximum and its budget.
 """
 
 import json
@@ -174,12 +174,8 @@ def _refusal(record: Record, changes: list[tuple[str, Any, Any]], seeds_only: bo
 
 
 def _valid_at_any_time(changes: list[tuple[str, Any, Any]]) -> bool:
-    """Whether a sequential study merely may go on for longer: its intervals hold for any number of seeds."""
-    return all(
-        (name == "seeds.max_seeds" and after > before)
-        or (name == "seeds.budget" and before is not None and (after is None or after > before))
-        for name, before, after in changes
-    )
+    """Whether a sequential study merely is to end elsewhere: its intervals hold at any number of seeds."""
+    return all(name in ("seeds.max_seeds", "seeds.budget") for name, _, _ in changes)
 
 
 def _listed(changes: list[tuple[str, Any, Any]]) -> str:
