@@ -24,7 +24,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "schedule": ("llmlab.commands.schedule", "draw an experiment's learning rate over the run"),
     },
     "Studies": {
-        "ablate": ("llmlab.commands.ablate", "compare variants with a baseline over seeds, with a verdict and a report"),
+        "ablate": ("llmlab.commands.ablate", "compare variants with a baseline over seeds: a verdict and a report"),
     },
     "Look at results": {
         "runs": ("llmlab.commands.runs", "list runs and their results in a table"),
