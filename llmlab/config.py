@@ -189,6 +189,18 @@ def _fields(cls: type) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
 
 
+def field_types(cls: type) -> dict[str, Any]:
+    """Name -> type of every field that a config class's constructor takes, in order."""
+    return dict(_fields(cls))
+
+
+def mismatches(value: Any, hint: Any, path: str = "") -> list[str]:
+    """Where a value does not match a type, as lines that begin with the place; empty where it does."""
+    problems: list[str] = []
+    _encode(value, hint, path, problems)
+    return problems
+
+
 def _arms(hint: Any) -> tuple[Any, ...]:
     """The alternatives of a union; a tuple of one for anything else."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
