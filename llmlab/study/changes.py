@@ -20,6 +20,7 @@ from typing import Any
 
 from llmlab.config import ABSENT, compact, difference
 from llmlab.experiment import Experiment
+from llmlab.study.points import apply
 
 Change = Callable[[Experiment], Experiment]
 """Makes a variant of the baseline."""
@@ -73,39 +74,9 @@ def with_values(values: Mapping[str, Any]) -> Change:
     """Values set by their dotted paths: `with_values({"train.steps": 600, "model.pattern.0.ffn": MLP(...)})`.
 
     Returns:
-        the change. It raises ValueError that lists every path that the experiment does not have.
+        the change. It raises ValueError that lists every path that is not there and every value that does not fit.
     """
-
-    def change(experiment: Experiment) -> Experiment:
-        problems = []
-        for path, value in values.items():
-            try:
-                experiment = _with(experiment, path.split("."), value, path)
-            except ValueError as error:
-                problems.append(str(error))
-        if problems:
-            raise ValueError("; ".join(problems))
-        return experiment
-
-    return change
-
-
-def _with(part: Any, names: Sequence[str], value: Any, path: str) -> Any:
-    """The part with a value at the place that the names lead to."""
-    if not names:
-        return value
-    name, rest = names[0], names[1:]
-    if isinstance(part, tuple):
-        if not name.isdigit() or int(name) >= len(part):
-            raise ValueError(f"{path}: there is no element {name!r}; there are 0 to {len(part) - 1}")
-        i = int(name)
-        return (*part[:i], _with(part[i], rest, value, path), *part[i + 1 :])
-    if not dataclasses.is_dataclass(part) or isinstance(part, type):
-        raise ValueError(f"{path}: {part!r} has no field {name!r}")
-    fields = [field.name for field in dataclasses.fields(part)]
-    if name not in fields:
-        raise ValueError(f"{path}: {type(part).__name__} has no field {name!r}; it has {', '.join(fields) or 'none'}")
-    return dataclasses.replace(part, **{name: _with(getattr(part, name), rest, value, path)})
+    return lambda experiment: apply(experiment, dict(values))
 
 
 def _rebuilt(value: Any, replaced: Callable[[Any], Any]) -> Any:
