@@ -90,12 +90,15 @@ def _runs(plan: "Plan", ablation: "Ablation", root: Path) -> str:
 def _print_nearest(console: Console, near: Any, root: Path) -> None:
     from llmlab.study.changes import shown
 
-    many = len(near.differences)
-    if many > _SHOWN:
-        console.print(Text(f"{near.label} is new: the nearest run, {root / near.hash}, differs in {many} places"))
+    differences = [entry for entry in near.differences if entry[0] != "train.seed"]
+    if not differences:  # another seed of a run that there is needs no explanation
+        return
+    if len(differences) > _SHOWN:
+        where = f"differs in {len(differences)} places"
+        console.print(Text(f"{near.label} is new: the nearest run, {root / near.hash}, {where}"))
         return
     console.print(Text(f"{near.label} is new: the nearest run, {root / near.hash}, has"))
-    for path, there, here in near.differences:
+    for path, there, here in differences:
         console.print(Text(f"    {path}: {_value(there, shown)}, here {_value(here, shown)}"))
 
 
@@ -145,7 +148,8 @@ def _comparisons(results: Mapping[str, Any]) -> Table:
     table.add_column("claim")
     table.add_column(results["metric"], justify="right", no_wrap=True)
     table.add_column("difference", justify="right", no_wrap=True)
-    table.add_column(f"{level:.0%} interval", justify="right", no_wrap=True)
+    sequential = any(row["interval_method"] == "confidence sequence" for row in results["comparisons"])
+    table.add_column(f"{level:.0%} {'' if sequential else 't '}interval", justify="right", no_wrap=True)
     table.add_column("p (Holm)", justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
     rows = {row["arm"]: row for row in results["comparisons"]}
@@ -159,13 +163,14 @@ def _comparisons(results: Mapping[str, Any]) -> Table:
             continue
         margin = f" by {row['margin']:g}" if row["margin"] else ""
         interval = _shown_interval(row)
+        p = row["p_against_holm" if row["verdict"] == "refuted" else "p_holm"]
         table.add_row(
             arm["name"],
             row["claim"] + margin,
             mean,
             _number(row["difference"], sign=True),
             "-" if interval is None else f"[{_number(interval[0], sign=True)}, {_number(interval[1], sign=True)}]",
-            "-" if row["p_holm"] is None else f"{row['p_holm']:.2g}",
+            "-" if p is None else f"{p:.2g}",
             Text("withheld") if results["withheld"] else Text(row["verdict"], style=_STYLES[row["verdict"]]),
         )
     return table
@@ -180,10 +185,13 @@ def _legend(results: Mapping[str, Any]) -> str:
     seeds, paired = len(results["seeds"]), len(results["paired_seeds"])
     pairs = f"{paired} pairs of runs" + ("" if paired == seeds else f" of {seeds}")
     methods = {row["interval_method"] for row in results["comparisons"]}
-    interval = "confidence sequence, valid after every seed" if "confidence sequence" in methods else "Student's t"
+    sequential = "confidence sequence" in methods
+    interval = "interval valid after every seed" if sequential else "Student's interval (BCa's is in the report)"
+    if any(row["verdict"] == "refuted" for row in results["comparisons"]):
+        interval += "; p of the claim, and of a refuted one against it"
     unit = f"{results['unit']}; " if results["unit"] else ""
     better = f"{results['direction']} is better"
-    return f"{unit}difference = variant - baseline, {pairs}, {interval}; p of the claim; {better}"
+    return f"{unit}difference = variant - baseline, {pairs}, {interval}; {better}"
 
 
 def _print_effects(console: Console, results: Mapping[str, Any]) -> None:

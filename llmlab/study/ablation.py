@@ -233,7 +233,8 @@ class Ablation:
                 f"min_seeds={self.min_seeds}"
             ]
         if any(problems.values()):
-            lines = [f"\n  {name}: {problem}" for name, found in problems.items() for problem in found]
+            found = [(name, problem.replace("\n", "\n    ")) for name, each in problems.items() for problem in each]
+            lines = [f"\n  {name}: {problem}" for name, problem in found]
             raise ValueError("this ablation cannot run:" + "".join(lines))
         return tuple(arms)
 

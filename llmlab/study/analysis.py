@@ -253,7 +253,7 @@ def _comparison(
         "minimum_detectable_effect": statistics.minimum_detectable_effect(d, ablation.alpha) if several else None,
         "verdict": "inconclusive" if decision is None or withheld else decision.verdict,
         "reason": f"withheld: {withheld}" if withheld else decision.reason if decision else NO_PAIR,
-        "seeds_to_settle": None if decision is None else decision.seeds_to_settle,
+        "seeds_to_settle": None if decision is None or withheld else decision.seeds_to_settle,
         **_speed(arm, table, ablation),
     }
 

@@ -144,10 +144,10 @@ def change_problems(differences: Sequence[Difference], declared: Sequence[str]) 
     groups = grouped(differences)
     if len(groups) == 1:
         return []
-    shown = "".join(f"\n    {number}. {_described(group)}" for number, group in enumerate(groups, 1))
+    shown = "".join(f"\n  {number}. {_described(group)}" for number, group in enumerate(groups, 1))
     patterns = ", ".join(repr(group[0][0]) for group in groups)
     return [
-        f"it changes {len(groups)} things at once, so that a difference could be due to any of them:{shown}\n    "
+        f"it changes {len(groups)} things at once, so that a difference could be due to any of them:{shown}\n  "
         f"change one, or declare that they belong together: Variant(change, changes=({patterns}))"
     ]
 
@@ -159,7 +159,7 @@ def covers(pattern: str, path: str) -> bool:
 
 def listed(differences: Sequence[Difference]) -> str:
     """The differences as indented lines."""
-    return "".join(f"\n    {path}: {shown(old)} -> {shown(new)}" for path, old, new in differences)
+    return "".join(f"\n  {path}: {shown(old)} -> {shown(new)}" for path, old, new in differences)
 
 
 def shown(value: Any) -> str:

@@ -16,6 +16,7 @@ from llmlab.study.outcomes import Outcome
 _ABSOLUTE = re.compile(r"(?<![\w./:])/(?:[^\s/:'\"=,]+/)+")
 # Of an environment, what can change the numbers from one run to the next.
 _COMPARED = ("git", "packages", "python", "devices", "jax", "variables")
+_NAMES = {"git": "code (git)", "python": "Python", "jax": "options of jax", "variables": "environment variables"}
 
 
 def provenance(outcomes: Sequence[Outcome]) -> dict[str, Any]:
@@ -64,7 +65,8 @@ def disagreements(outcomes: Sequence[Outcome]) -> list[str]:
     names = [name for name, values in seen.items() if len(values) > 1]
     if not names:
         return []
-    return [f"the runs were not all made by the same {', '.join(names)}: provenance has which by which"]
+    what = ", ".join(_NAMES.get(name, name) for name in names)
+    return [f"not all runs were made with the same {what}: the results' provenance has which with which"]
 
 
 def code(content: Mapping[str, Any]) -> str | None:

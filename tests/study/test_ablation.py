@@ -97,8 +97,8 @@ def test_values_are_set_by_path_also_inside_tuples(experiment: Experiment) -> No
 
 def test_a_path_that_is_not_there_is_named_with_those_that_are(make: Make) -> None:
     message = refusal(make(variants={"x": with_values({"optimizer.peek": 1, "model.pattern.7.ffn": None})}))
-    assert "AdamW has no field 'peek'; it has peak_lr" in message
-    assert "model.pattern.7.ffn: there is no element '7'; there are 0 to 1" in message
+    assert "optimizer.peek: AdamW has no field peek; did you mean optimizer.peak_lr" in message
+    assert "model.pattern.7: model.pattern is a row of 2; its elements are 0 to 1" in message
 
 
 def test_one_change_may_show_in_several_places(experiment: Experiment) -> None:

@@ -82,6 +82,8 @@ def finding(results: dict[str, Any], comparison: dict[str, Any]) -> Sentence:
 
 def outcome(results: dict[str, Any], comparison: dict[str, Any]) -> Sentence:
     """What follows: "That supports the claim that it is at most 0.01 nats per token worse than the baseline."."""
+    if results.get("withheld"):
+        return ["The verdict is withheld: the arms do not match."]
     sentence: Sentence = [_OUTCOME[comparison["verdict"]], " that it is ", *claim(results, comparison)]
     if comparison["verdict"] != "inconclusive":
         return [*sentence, "."]
@@ -93,6 +95,8 @@ def outcome(results: dict[str, Any], comparison: dict[str, Any]) -> Sentence:
 
 def headline(results: dict[str, Any]) -> Sentence:
     """The sentence beside the verdict."""
+    if results.get("withheld"):
+        return ["The verdict is ", results["reason"], ". Arms that do not match answer another question."]
     if len(results["comparisons"]) == 1:
         (comparison,) = results["comparisons"]
         return [*finding(results, comparison), " ", *outcome(results, comparison)]
