@@ -19,7 +19,7 @@ import pytest
 from optuna.trial import TrialState
 
 from llmlab.study import queue as queues
-from llmlab.study.queue import Queue
+from llmlab.study.queue import Entry, Queue
 from llmlab.study.storage import Store, open_study, shown, storage_url
 from llmlab.study.trials import Status, Trial
 
@@ -82,11 +82,19 @@ def make_queue(url: str, tmp_path: Path) -> Iterator[Callable[..., Queue]]:
 
     def make(jobs: dict[str, str] = JOBS, **options: Any) -> Queue:
         opened.append(open_study(url, tmp_path.name, **options))
-        return Queue(opened[-1], jobs, metric="validation/loss", direction="lower")
+        return Queue(opened[-1], named(jobs), metric="validation/loss", direction="lower")
 
     yield make
     for store in opened:
         store.close()
+
+
+def named(jobs: dict[str, str]) -> dict[str, dict[str, Any]]:
+    return {hash_: {"name": name, "steps": 1} for hash_, name in jobs.items()}
+
+
+def by_hash(queue: Queue) -> dict[str, Entry]:
+    return {entry.hash: entry for entry in queue.entries()}
 
 
 def finished(hash_: str, loss: float = 1.0) -> Trial:
@@ -118,7 +126,7 @@ def test_outcomes_are_recorded_with_their_errors(make_queue: Callable[..., Queue
         trial = Trial(directory=Path("x"), hash=claim.hash, status=status, problem="why") if status else finished("a")
         queue.finish(claim, trial)
     assert queue.settled()
-    entries = queue.entries()
+    entries = by_hash(queue)
     assert {hash_: entry.status for hash_, entry in entries.items()} == {"a": Status.FINISHED} | outcomes
     assert [entries[hash_].problem for hash_ in "abcde"] == [None, "why", "why", "why", "why"]
     assert [entries[hash_].value for hash_ in "abcde"] == [1.0, None, None, None, None]
@@ -164,7 +172,7 @@ def test_a_worker_without_a_sign_of_life_loses_its_trial_and_cannot_record_it_an
     assert retried.number != claim.number
     queue.finish(claim, finished("a", 5.0))  # it was only slow
     queue.finish(retried, finished("a", 1.0))
-    assert queue.entries()["a"].value == 1.0
+    assert by_hash(queue)["a"].value == 1.0
     assert states(queue) == {"FAIL": 1, "COMPLETE": 1}
 
 
@@ -217,7 +225,7 @@ def test_an_experiment_that_kills_its_workers_fails_in_the_end(
         takes += 1
     assert takes == queues.MAX_RETRIES + 1
     assert queue.settled()
-    entry = queue.entries()["a"]
+    entry = by_hash(queue)["a"]
     assert entry.status is Status.FAILED
     assert entry.problem == f"its worker died, {takes} times in a row"
     queue.enqueue(again=lambda entry: True)  # llmlab ... retry-failed
@@ -239,7 +247,7 @@ def test_trials_that_nobody_enqueued_are_left_alone(make_queue: Callable[..., Qu
 
 @pytest.mark.scale
 def test_four_workers_of_which_two_are_killed_do_every_point_once(url: str, tmp_path: Path) -> None:
-    order = {"url": url, "study": tmp_path.name, "folder": str(tmp_path), "jobs": JOBS, "seconds": 0.5}
+    order = {"url": url, "study": tmp_path.name, "folder": str(tmp_path), "jobs": named(JOBS), "seconds": 0.5}
     command = [sys.executable, str(WORKERS), json.dumps(order)]
     workers = [subprocess.Popen(command) for _ in range(4)]
     begun, ended = tmp_path / "begun", tmp_path / "ended"
