@@ -24,6 +24,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "schedule": ("llmlab.commands.schedule", "draw an experiment's learning rate over the run"),
     },
     "Studies": {
+        "sweep": ("llmlab.commands.sweep", "run an experiment over many values, by many workers, and find the best"),
         "ablate": ("llmlab.commands.ablate", "compare variants with a baseline over seeds: a verdict and a report"),
     },
     "Look at results": {

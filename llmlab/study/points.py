@@ -88,12 +88,16 @@ def text(point: Point) -> str:
     return ", ".join(f"{path}={compact(value)}" for path, value in point.items()) or "the experiment as it is"
 
 
-def names(points: Sequence[Point]) -> list[str]:
-    """Short names of points, with as much of each path as tells it from the others: "peak_lr=0.001 num_layers=4"."""
+def names(points: Sequence[Point], *, digits: int | None = None) -> list[str]:
+    """Short names of points, with as much of each path as tells it from the others: "peak_lr=0.001 num_layers=4".
+
+    `digits` rounds drawn numbers, of which the others mean nothing.
+    """
     paths = list(dict.fromkeys(path for point in points for path in point))
     short = {path: _shortest(path, paths) for path in paths}
     return [
-        " ".join(f"{short[path]}={compact(value)}" for path, value in point.items()) or "baseline" for point in points
+        " ".join(f"{short[path]}={_shown(value, digits)}" for path, value in point.items()) or "baseline"
+        for point in points
     ]
 
 
@@ -105,25 +109,28 @@ def plain(point: Point) -> dict[str, Any]:
     }
 
 
-def command(
-    file: Path | str, base: Experiment, experiment: Experiment, flags: Sequence[str] = ()
-) -> tuple[str, list[str]]:
-    """The command that trains one point, and what it cannot say: classes are chosen in the file.
+def command(file: Path | str, original: Experiment, experiment: Experiment) -> tuple[str, list[str]]:
+    """The command that trains an experiment, and what it cannot say: classes are chosen in the file.
 
     Args:
         file: of the experiment.
-        base: what its `config()` gives, with `flags`.
-        experiment: the point's.
-        flags: of the sweep's own command.
+        original: what its `config()` gives.
+        experiment: to be trained.
     """
-    words, told = ["llmlab", "train", str(file), *flags], []
-    for path, before, after in difference(base, experiment):
+    words, told = ["llmlab", "train", str(file)], []
+    for path, before, after in difference(original, experiment):
         values = after if isinstance(after, tuple) else (after,)
         if after != () and all(value is None or isinstance(value, bool | int | float | str) for value in values):
             words += [f"--{path.replace('_', '-')}", *map(str, values)]
         else:
             told.append(f"{path}={compact(after)} (instead of {compact(before)})")
     return shlex.join(words), told
+
+
+def job(file: Path | None, original: Experiment, name: str, point: Point, experiment: Experiment) -> dict[str, Any]:
+    """What a study keeps with the trial of a point: how to name it, how long it is, and how to repeat it."""
+    line, told = command(file or "FILE.py", original, experiment)
+    return {"name": name, "steps": experiment.train.steps, "point": plain(point), "command": line, "told": told}
 
 
 # --- following paths -------------------------------------------------------------------------------------------------
@@ -196,6 +203,10 @@ def _shortest(path: str, paths: Sequence[str]) -> str:
         if sum(other == end or other.endswith(f".{end}") for other in paths) == 1:
             return end
     return path
+
+
+def _shown(value: Any, digits: int | None) -> str:
+    return f"{value:.{digits}g}" if digits is not None and isinstance(value, float) else compact(value)
 
 
 def _listed(where: Sequence[str]) -> str:

@@ -14,7 +14,7 @@ import contextlib
 import logging
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,6 +23,9 @@ from llmlab.study.trials import Status, Trial
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
+
+REPLACES = "replaces"
+"""Attribute of a trial: the numbers of those that are done, and that it stands for from now on."""
 
 Direction = Literal["lower", "higher"]
 State = Literal["waiting", "running", "done"]
@@ -41,9 +44,7 @@ class Claim:
     name: str
     """For people."""
     hash: str
-    """Of the experiment."""
-    point: dict[str, Any]
-    """What a sampler drew, as the storage has it."""
+    """Of the experiment; empty while a sampler has not drawn it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,17 +65,21 @@ class Entry:
     """Everything that the storage keeps about it."""
 
 
+Job = Mapping[str, Any]
+"""What is kept with an experiment: its `name`, its number of `steps`, and whatever else a study wants to find again."""
+
+
 class Queue:
-    """The queue of a study.
+    """The queue of a study whose experiments are known beforehand.
 
     Args:
         store: where it is kept.
-        jobs: names by hash, of the experiments that this process knows; trials of others are left alone.
+        jobs: by the hash of their experiment, those that this process knows; trials of others are left alone.
         metric: of the summary, that becomes the trial's value.
         direction: in which the metric is better.
     """
 
-    def __init__(self, store: Store, jobs: Mapping[str, str], *, metric: str, direction: Direction) -> None:
+    def __init__(self, store: Store, jobs: Mapping[str, Job], *, metric: str, direction: Direction) -> None:
         self.store = store
         self.jobs = dict(jobs)
         self.metric = metric
@@ -90,37 +95,39 @@ class Queue:
                 found[trial.user_attrs["hash"]] = trial
         return found
 
-    def entries(self) -> dict[str, Entry]:
-        """How the known experiments stand, by hash; those that nobody enqueued are absent."""
+    def entries(self) -> list[Entry]:
+        """How the known experiments stand; those that nobody enqueued are absent."""
         newest = self.newest()
-        return {hash_: entry(newest[hash_]) for hash_ in self.jobs if hash_ in newest}
+        return [entry(newest[hash_]) for hash_ in self.jobs if hash_ in newest]
 
     def settled(self) -> bool:
         """Whether every known experiment is done, for better or worse."""
         entries = self.entries()
-        return all(hash_ in entries and entries[hash_].state == "done" for hash_ in self.jobs)
+        return len(entries) == len(self.jobs) and all(entry.state == "done" for entry in entries)
 
     # --- changing ----------------------------------------------------------------------------------------------------
 
     def enqueue(self, again: Callable[[Entry], bool] = lambda entry: False) -> None:
         """Enqueues each known experiment that was not, once; and those that are done, where `again` says so."""
         with self.store.exclusive():
-            newest = self.newest()
-            for hash_, name in self.jobs.items():
-                if hash_ not in newest or (entry(newest[hash_]).state == "done" and again(entry(newest[hash_]))):
-                    self._add(hash_, name)
+            self._take_from_the_dead()
+            known = {entry.hash: entry for entry in self.entries()}
+            for hash_, job in self.jobs.items():
+                if hash_ not in known:
+                    self._add({"hash": hash_, **job})
+            for entry in known.values():
+                if entry.state == "done" and again(entry):
+                    self._run_again(entry.number)
 
     def take(self) -> Claim | None:
         """The next experiment, which is this process's from now on; None while there is nothing to take."""
         with self.store.exclusive():
             self._take_from_the_dead()
-            waiting = [
-                trial for hash_, trial in self.newest().items() if hash_ in self.jobs and trial.state.name == "WAITING"
-            ]
+            waiting = [trial for trial in self._live() if trial.state.name == "WAITING"]
             # What was begun first: its checkpoint is there, and others may wait for its lock.
             for trial in sorted(waiting, key=lambda trial: "failed_trial" not in trial.system_attrs):
                 return self.begin(trial)
-        return None
+            return self._invent()
 
     def begin(self, trial: "FrozenTrial") -> Claim:
         """Makes a waiting trial this process's. Only in `exclusive`."""
@@ -137,7 +144,6 @@ class Queue:
             id=id_,
             name=attributes.get("name", ""),
             hash=attributes.get("hash", ""),
-            point=dict(trial.params),
         )
 
     def finish(self, claim: Claim, trial: Trial) -> None:
@@ -212,12 +218,36 @@ class Queue:
 
     # --- within the lock ---------------------------------------------------------------------------------------------
 
-    def _add(self, hash_: str, name: str) -> None:
+    def _live(self) -> "list[FrozenTrial]":
+        """The trials that decide how the study's experiments stand."""
+        return [trial for hash_, trial in self.newest().items() if hash_ in self.jobs]
+
+    def _invent(self) -> Claim | None:
+        """One more trial, where a study makes them as it goes."""
+        return None
+
+    def _add(self, attributes: dict[str, Any]) -> None:
         import optuna
         from optuna.trial import TrialState
 
-        attributes = {"hash": hash_, "name": name}
         self.store.study.add_trial(optuna.create_trial(state=TrialState.WAITING, user_attrs=attributes))
+
+    def _run_again(self, number: int) -> None:
+        """Enqueues a successor of a trial that is done."""
+        import optuna
+        from optuna.trial import TrialState
+
+        trial = next(trial for trial in self.store.study.get_trials() if trial.number == number)
+        outcome = ("status", "problem", "seconds", "worker")
+        self.store.study.add_trial(
+            optuna.create_trial(
+                state=TrialState.WAITING,
+                params=trial.params,
+                distributions=trial.distributions,
+                user_attrs={name: value for name, value in trial.user_attrs.items() if name not in outcome},
+                system_attrs={REPLACES: [*trial.system_attrs.get(REPLACES, []), number]},
+            )
+        )
 
     def _take_from_the_dead(self) -> None:
         from optuna.trial import TrialState
@@ -235,7 +265,7 @@ class Queue:
     def orphans(self) -> list["FrozenTrial"]:
         """Trials whose worker died and that were neither retried yet, nor too often already."""
         trials = self.store.study.get_trials(deepcopy=True)
-        retried = {number for trial in trials for number in trial.system_attrs.get("retry_history", [])}
+        retried = replaced(trials)
         return [
             trial
             for trial in trials
@@ -243,6 +273,13 @@ class Queue:
             and trial.number not in retried
             and len(trial.system_attrs.get("retry_history", [])) < MAX_RETRIES
         ]
+
+
+def replaced(trials: Iterable["FrozenTrial"]) -> set[int]:
+    """Numbers of the trials that have a successor: retried by Optuna, or run again because somebody asked."""
+    return {
+        number for trial in trials for key in ("retry_history", REPLACES) for number in trial.system_attrs.get(key, [])
+    }
 
 
 def entry(trial: "FrozenTrial") -> Entry:

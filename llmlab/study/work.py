@@ -23,7 +23,7 @@ from typing import Any, Protocol, runtime_checkable
 from llmlab.config import config_hash, defining_file, from_json, load_experiment_file, to_json
 from llmlab.experiment import Experiment
 from llmlab.study import storage as storages
-from llmlab.study.queue import Claim, Direction, Entry, Queue
+from llmlab.study.queue import Claim, Direction, Entry, Job, Queue
 from llmlab.study.trials import Status, Trial, directory_of, read_trial, run_trial
 from llmlab.training.directory import write_text
 from llmlab.training.faults import Interrupted, Interruption
@@ -112,7 +112,10 @@ class Place:
 class Work(Protocol):
     """What a worker does again and again."""
 
-    queue: Queue
+    @property
+    def queue(self) -> Queue:
+        """Where its work comes from."""
+        ...
 
     def take(self) -> Claim | None:
         """The next piece, or None where there is none at this moment."""
@@ -134,20 +137,14 @@ class FixedWork:
         place: of the study.
         queue: of the list.
         load: experiment of a hash.
-        run: trains one: (experiment, root, name) -> its trial.
+        pruner: name of what gives up trials that do badly ("none": nothing does).
     """
 
-    def __init__(
-        self,
-        place: Place,
-        queue: Queue,
-        load: Callable[[str], Experiment],
-        run: Callable[[Experiment, Path, Claim], Trial] | None = None,
-    ) -> None:
+    def __init__(self, place: Place, queue: Queue, load: Callable[[str], Experiment], *, pruner: str = "none") -> None:
         self.place = place
         self.queue = queue
         self._load = load
-        self._run = run or self._train
+        self._pruner = pruner
 
     def take(self) -> Claim | None:
         return self.queue.take()
@@ -156,12 +153,19 @@ class FixedWork:
         return self.queue.settled()
 
     def run(self, claim: Claim) -> None:
-        with self.queue.alive(claim):
-            trial = self._run(self._load(claim.hash), self.place.root, claim)
-            self.queue.finish(claim, trial)
+        train(self.place, self.queue, claim, self._load(claim.hash), pruner=self._pruner)
 
-    def _train(self, experiment: Experiment, root: Path, claim: Claim) -> Trial:
-        return run_trial(experiment, root, name=claim.name, experiment_file=self.place.file)
+
+def train(place: Place, queue: Queue, claim: Claim, experiment: Experiment, *, pruner: str) -> None:
+    """Trains a claimed experiment and records the outcome. Raises Interrupted."""
+    report = None
+    if pruner != "none":
+        from llmlab.study.search import pruning_report
+
+        report = pruning_report(queue.store, claim, experiment, pruner=pruner, metric=place.metric)
+    with queue.alive(claim):
+        trial = run_trial(experiment, place.root, name=claim.name, report=report, experiment_file=place.file)
+        queue.finish(claim, trial)
 
 
 def work(on: Work) -> None:
@@ -234,19 +238,31 @@ def execute(
         file=file or next(filter(None, map(defining_file, jobs.values())), None),
     )
     by_hash = {config_hash(experiment): experiment for experiment in jobs.values()}
-    names: dict[str, str] = {}
+    queued: dict[str, Job] = {}
     for name, experiment in jobs.items():
-        names.setdefault(config_hash(experiment), name)
-    with prepared(place, by_hash, names) as queue:
+        queued.setdefault(config_hash(experiment), {"name": name, "steps": experiment.train.steps})
+    run_fixed(place, by_hash, queued, workers=workers, progress=progress)
+    return {name: read_trial(directory_of(root, experiment), experiment) for name, experiment in jobs.items()}
+
+
+def run_fixed(
+    place: Place,
+    experiments: Mapping[str, Experiment],
+    jobs: Mapping[str, Job],
+    *,
+    workers: int = 1,
+    progress: Tell | None = None,
+    pruner: str = "none",
+) -> None:
+    """Runs a list of experiments, given with what is to be kept about them by hash. Raises what `execute` raises."""
+    with prepared(place, experiments, jobs) as queue, watched(queue, place, progress):
         if workers > 1:
             from llmlab.study.crew import Crew
 
-            with watched(queue, place, by_hash, progress):
-                Crew(workers, place, {"design": "fixed", "jobs": names}).work(queue.settled)
+            task = {"design": "fixed", "jobs": dict(jobs), "pruner": pruner}
+            Crew(workers, place, task).work(queue.settled)
         else:
-            with watched(queue, place, by_hash, progress):
-                work(FixedWork(place, queue, by_hash.__getitem__))
-    return {name: read_trial(directory_of(root, experiment), experiment) for name, experiment in jobs.items()}
+            work(FixedWork(place, queue, experiments.__getitem__, pruner=pruner))
 
 
 def check(jobs: Mapping[str, Experiment]) -> None:
@@ -262,16 +278,13 @@ def check(jobs: Mapping[str, Experiment]) -> None:
 
 
 @contextlib.contextmanager
-def prepared(place: Place, experiments: Mapping[str, Experiment], names: Mapping[str, str]) -> Iterator[Queue]:
+def prepared(place: Place, experiments: Mapping[str, Experiment], jobs: Mapping[str, Job]) -> Iterator[Queue]:
     """The study's queue, with every experiment (by hash) enqueued that should be run."""
-    (place.folder / JOBS).mkdir(parents=True, exist_ok=True)
     for hash_, experiment in experiments.items():
-        path = place.folder / JOBS / f"{hash_}.json"
-        if not path.exists():
-            write_text(path, to_json(experiment))
+        save_job(place.folder, hash_, experiment)
     store = place.open()
     try:
-        queue = Queue(store, names, metric=place.metric, direction=place.direction)
+        queue = Queue(store, jobs, metric=place.metric, direction=place.direction)
 
         def again(entry: Entry) -> bool:
             """What is done has lost its directory, or another study made the same point runnable again."""
@@ -282,6 +295,14 @@ def prepared(place: Place, experiments: Mapping[str, Experiment], names: Mapping
         yield queue
     finally:
         store.close()
+
+
+def save_job(folder: Path, hash_: str, experiment: Experiment) -> None:
+    """Keeps an experiment where other workers find it."""
+    path = folder / JOBS / f"{hash_}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        write_text(path, to_json(experiment))
 
 
 def load_job(folder: Path, hash_: str, file: Path | None) -> Experiment:
@@ -306,7 +327,7 @@ def load_job(folder: Path, hash_: str, file: Path | None) -> Experiment:
 
 
 @contextlib.contextmanager
-def watched(queue: Queue, place: Place, experiments: Mapping[str, Experiment], tell: Tell | None) -> Iterator[None]:
+def watched(queue: Queue, place: Place, tell: Tell | None) -> Iterator[None]:
     """Inside, `tell` hears every second how the study stands, and once more at the end."""
     if tell is None:
         yield
@@ -314,7 +335,7 @@ def watched(queue: Queue, place: Place, experiments: Mapping[str, Experiment], t
     began, stop = time.monotonic(), threading.Event()
 
     def look() -> None:
-        tell(snapshot(queue, place, experiments, time.monotonic() - began))
+        tell(snapshot(queue, place.root, time.monotonic() - began))
 
     def watch() -> None:
         while not stop.wait(_PROGRESS_SECONDS):
@@ -334,35 +355,28 @@ def watched(queue: Queue, place: Place, experiments: Mapping[str, Experiment], t
         look()
 
 
-def snapshot(queue: Queue, place: Place, experiments: Mapping[str, Experiment], seconds: float) -> Progress:
-    """How the experiments (by hash) stand: the storage knows who works, and the run directories how far they are."""
-    entries = queue.entries()
-    return Progress(
-        jobs=tuple(
-            job_progress(place.root / hash_, queue.jobs.get(hash_, hash_), experiment, entries.get(hash_))
-            for hash_, experiment in experiments.items()
-        ),
-        seconds=seconds,
-    )
+def snapshot(queue: Queue, root: Path, seconds: float = 0.0) -> Progress:
+    """How a study stands: the storage knows who works on what, and the run directories how far they are."""
+    return Progress(jobs=tuple(job_progress(root, entry) for entry in queue.entries()), seconds=seconds)
 
 
-def job_progress(directory: Path, name: str, experiment: Experiment, entry: Entry | None) -> JobProgress:
+def job_progress(root: Path, entry: Entry) -> JobProgress:
     """How one experiment stands."""
-    latest = _latest(directory / METRICS)
-    if entry is None or entry.state == "waiting":
+    latest = _latest(root / entry.hash / METRICS) if entry.hash else {}
+    if entry.state == "waiting":
         status = Status.UNFINISHED if latest else Status.ABSENT
     else:
         status = Status.RUNNING if entry.state == "running" else entry.status or Status.FINISHED
     return JobProgress(
-        name=name,
-        hash=directory.name,
+        name=entry.name,
+        hash=entry.hash,
         status=status,
         step=int(latest.get("step", 0)),
-        steps=experiment.train.steps,
+        steps=int(entry.attributes.get("steps", 0)),
         latest=latest,
-        value=None if entry is None else entry.value,
-        problem=None if entry is None else entry.problem,
-        worker=None if entry is None else entry.worker,
+        value=entry.value,
+        problem=entry.problem,
+        worker=entry.worker,
     )
 
 

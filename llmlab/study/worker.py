@@ -33,8 +33,15 @@ def main() -> int:
 
 
 def _work(place: Place, store: Any, task: dict[str, Any]) -> Work:
-    queue = Queue(store, task["jobs"], metric=place.metric, direction=place.direction)
-    return FixedWork(place, queue, functools.partial(load_job, place.folder, file=place.file))
+    load = functools.partial(load_job, place.folder, file=place.file)
+    if task["design"] == "fixed":
+        queue = Queue(store, task["jobs"], metric=place.metric, direction=place.direction)
+        return FixedWork(place, queue, load, pruner=task["pruner"])
+    from llmlab.study.search import SampledWork, Search
+    from llmlab.study.sweep import read_sweep
+
+    assert place.file is not None  # a space is Python: it is read from its file
+    return SampledWork(place, store, load(task["base"]), read_sweep(place.file).space, Search(**task["search"]))
 
 
 def _leave_with_the_starter() -> None:

@@ -2,14 +2,10 @@
 
 import collections
 import json
-import os
 import random
-import shutil
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,55 +15,12 @@ import pytest
 from optuna.trial import TrialState
 
 from llmlab.study import queue as queues
-from llmlab.study.queue import Queue
+from llmlab.study.queue import Entry, Queue
 from llmlab.study.storage import Store, open_study, shown, storage_url
 from llmlab.study.trials import Status, Trial
 
 JOBS = {f"{number:08x}": f"job {number}" for number in range(24)}
 WORKERS = Path(__file__).with_name("workers.py")
-
-
-def postgres_programs() -> Path | None:
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), reverse=True)
-    on_path = shutil.which("initdb")
-    candidates = [*found, *([Path(on_path)] if on_path else [])]
-    return next((path.parent for path in candidates if (path.parent / "pg_ctl").exists()), None)
-
-
-@pytest.fixture(scope="session")
-def postgres() -> Iterator[str]:
-    """Address of a fresh database of a PostgreSQL server that lives as long as the tests."""
-    pytest.importorskip("psycopg", reason="the PostgreSQL driver is not installed")
-    programs = postgres_programs()
-    if programs is None:
-        pytest.skip("PostgreSQL is not installed (initdb, pg_ctl)")
-    # Not below pytest's own directory, which only its user can enter; and the path of a socket must be short.
-    directory = Path(tempfile.mkdtemp(prefix="llmlab-postgres-"))
-    as_user: list[str] = []
-    if os.getuid() == 0:  # the server refuses to run as root
-        directory.chmod(0o777)
-        if shutil.which("setpriv") is None:
-            pytest.skip("PostgreSQL does not run as root, and setpriv, which changes the user, is not installed")
-        as_user = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    data = directory / "data"
-    environment = os.environ | {"LC_ALL": "C.UTF-8"}
-
-    def run(*command: str) -> None:
-        done = subprocess.run([*as_user, *command], capture_output=True, text=True, env=environment, timeout=120)
-        assert done.returncode == 0, done.stdout + done.stderr
-
-    run(str(programs / "initdb"), "-D", str(data), "-U", "llmlab", "--auth", "trust", "--no-sync")
-    options = f"-p {port} -k {directory} -c listen_addresses=127.0.0.1 -c fsync=off"
-    # Its output goes to a file: a pipe that it inherited would never end.
-    run(str(programs / "pg_ctl"), "-D", str(data), "-l", str(directory / "log"), "-o", options, "-w", "start")
-    try:
-        yield f"postgresql+psycopg://llmlab@127.0.0.1:{port}/postgres"
-    finally:
-        run(str(programs / "pg_ctl"), "-D", str(data), "-m", "immediate", "-w", "stop")
-        shutil.rmtree(directory)
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -82,11 +35,19 @@ def make_queue(url: str, tmp_path: Path) -> Iterator[Callable[..., Queue]]:
 
     def make(jobs: dict[str, str] = JOBS, **options: Any) -> Queue:
         opened.append(open_study(url, tmp_path.name, **options))
-        return Queue(opened[-1], jobs, metric="validation/loss", direction="lower")
+        return Queue(opened[-1], named(jobs), metric="validation/loss", direction="lower")
 
     yield make
     for store in opened:
         store.close()
+
+
+def named(jobs: dict[str, str]) -> dict[str, dict[str, Any]]:
+    return {hash_: {"name": name, "steps": 1} for hash_, name in jobs.items()}
+
+
+def by_hash(queue: Queue) -> dict[str, Entry]:
+    return {entry.hash: entry for entry in queue.entries()}
 
 
 def finished(hash_: str, loss: float = 1.0) -> Trial:
@@ -118,7 +79,7 @@ def test_outcomes_are_recorded_with_their_errors(make_queue: Callable[..., Queue
         trial = Trial(directory=Path("x"), hash=claim.hash, status=status, problem="why") if status else finished("a")
         queue.finish(claim, trial)
     assert queue.settled()
-    entries = queue.entries()
+    entries = by_hash(queue)
     assert {hash_: entry.status for hash_, entry in entries.items()} == {"a": Status.FINISHED} | outcomes
     assert [entries[hash_].problem for hash_ in "abcde"] == [None, "why", "why", "why", "why"]
     assert [entries[hash_].value for hash_ in "abcde"] == [1.0, None, None, None, None]
@@ -164,7 +125,7 @@ def test_a_worker_without_a_sign_of_life_loses_its_trial_and_cannot_record_it_an
     assert retried.number != claim.number
     queue.finish(claim, finished("a", 5.0))  # it was only slow
     queue.finish(retried, finished("a", 1.0))
-    assert queue.entries()["a"].value == 1.0
+    assert by_hash(queue)["a"].value == 1.0
     assert states(queue) == {"FAIL": 1, "COMPLETE": 1}
 
 
@@ -217,7 +178,7 @@ def test_an_experiment_that_kills_its_workers_fails_in_the_end(
         takes += 1
     assert takes == queues.MAX_RETRIES + 1
     assert queue.settled()
-    entry = queue.entries()["a"]
+    entry = by_hash(queue)["a"]
     assert entry.status is Status.FAILED
     assert entry.problem == f"its worker died, {takes} times in a row"
     queue.enqueue(again=lambda entry: True)  # llmlab ... retry-failed
@@ -239,7 +200,7 @@ def test_trials_that_nobody_enqueued_are_left_alone(make_queue: Callable[..., Qu
 
 @pytest.mark.scale
 def test_four_workers_of_which_two_are_killed_do_every_point_once(url: str, tmp_path: Path) -> None:
-    order = {"url": url, "study": tmp_path.name, "folder": str(tmp_path), "jobs": JOBS, "seconds": 0.5}
+    order = {"url": url, "study": tmp_path.name, "folder": str(tmp_path), "jobs": named(JOBS), "seconds": 0.5}
     command = [sys.executable, str(WORKERS), json.dumps(order)]
     workers = [subprocess.Popen(command) for _ in range(4)]
     begun, ended = tmp_path / "begun", tmp_path / "ended"
