@@ -1,6 +1,7 @@
 """`llmlab ablate`: carry out the ablation of an experiment file, and say what it shows."""
 
 import argparse
+import importlib.util
 import json
 import shlex
 import sys
@@ -33,6 +34,8 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
     if arguments.workers < 1:
         raise ValueError(f"--workers {arguments.workers} must be at least 1")
+    if missing := [name for name in ("optuna", "scipy") if importlib.util.find_spec(name) is None]:
+        raise ValueError(f"ablations need {' and '.join(missing)}, not installed here: pip install 'llmlab[study]'")
 
     from llmlab.study.ablation import read_ablation
     from llmlab.study.matching import MismatchError
@@ -74,7 +77,7 @@ def _run(ablation: "Ablation", arguments: argparse.Namespace, argv: Sequence[str
     compilation_cache.enable(default_cache_dir())
     path: Path = arguments.file
     folder: Path = arguments.out or Path("studies") / f"{path.stem}-ablation"
-    command = shlex.join(["llmlab", "ablate", *argv])
+    command = _without_password(["llmlab", "ablate", *argv], arguments.storage)
     board = Board(quiet=arguments.json)
     try:
         with board:
@@ -95,6 +98,9 @@ def _run(ablation: "Ablation", arguments: argparse.Namespace, argv: Sequence[str
     except Interrupted as error:
         print(f"{error}; {board.standing}. To go on:\n  {command}", file=sys.stderr)
         return exit_if_busy(error.exit_code)
+    except (ConnectionError, RuntimeError) as error:  # the storage does not answer; all workers died
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     report.write(folder)
     _show(results, folder, as_json=arguments.json)
     return 1 if results["withheld"] or results["problems"] else 0
@@ -109,8 +115,19 @@ def _show(results: dict[str, Any], folder: Path, *, as_json: bool) -> None:
         ablate_tables.print_results(results, folder)
 
 
+def _without_password(words: list[str], storage: str | None) -> str:
+    """The command line, without the password of its storage; nor is it left where provenance records it."""
+    if storage is None:
+        return shlex.join(words)
+    from llmlab.study.storage import shown, storage_url
+
+    hidden = shown(storage_url(Path(), storage))  # which refuses what is no address
+    sys.argv = [word.replace(storage, hidden) for word in sys.argv]
+    return shlex.join([word.replace(storage, hidden) for word in words])
+
+
 def _reproducing(argv: Sequence[str]) -> str:
-    """The command for the report: without what is one user's own (a storage's address may hold a password)."""
+    """The command for the report: without the address of a storage, which is one user's own."""
     kept, skip = [], False
     for argument in argv:
         if skip or argument.partition("=")[0] == "--storage":
