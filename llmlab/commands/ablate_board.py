@@ -100,4 +100,4 @@ def _left(progress: "Progress") -> str:
     done = sum(job.steps if job.status.settled else job.step for job in progress.jobs)
     if not 0 < done < total or progress.seconds < 2:
         return ""
-    return f", at most {duration(progress.seconds * (total - done) / done)} left at this pace"
+    return f", about {duration(progress.seconds * (total - done) / done)} left"

@@ -84,7 +84,8 @@ class Conduct:
             file=None if self.file is None else self.file.name if self.file.is_absolute() else self.file.as_posix(),
         )
         results = analysis.results(ablation, arms, compared, rates, context)
-        record.results_known(len(compared.seeds))
+        if compared.paired:
+            record.results_known(len(compared.seeds))
         write_json(self.folder / RESULTS, results)
         return results
 
@@ -107,7 +108,8 @@ class Conduct:
             compared = table(ablation, arms, jobs, self._trials(ablation, jobs))
             if not ablation.sequential:
                 return compared
-            record.results_known(len(seeds))
+            if compared.paired:
+                record.results_known(len(seeds))
             decisions = analysis.decide(ablation, arms, compared)
             open_ones = [arm.name for arm in arms[1:] if not _settled(decisions.get(arm.name))]
             if not open_ones or len(seeds) >= most:

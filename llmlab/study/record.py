@@ -9,7 +9,7 @@ A p-value bounds the error of a procedure that was fixed beforehand. A study tha
 seeds, another margin or another claim, follows a different procedure: one that goes on until it likes the answer. So
 once results have been computed, the definition stands. What is wanted all the same is done, and called exploratory in
 every report of the folder from then on. A confidence sequence holds at any number of seeds, so a sequential study may
-change its maximum and its budget.
+change its maximum and its budget. A mismatch may be acknowledged at any time: the report shows it, and why.
 """
 
 import json
@@ -120,14 +120,15 @@ def open_record(
     changes = json_difference(record.definition, now)
     if not changes:
         return record
+    words_only = all(name == "acknowledge_mismatch" for name, _, _ in changes)
     seeds_only = all(name.startswith("seeds.") for name, _, _ in changes)
-    if record.reported is not None and not _valid_at_any_time(changes):
+    if record.reported is not None and not (words_only or _valid_at_any_time(changes)):
         if not exploratory:
             raise PeekingError(_refusal(record, changes, seeds_only, folder))
         what = "; ".join(_line(change) for change in changes[:_SHOWN])
         since = f"changed after results over {record.reported['seeds']} seeds were known: {what}"
         record.exploratory = since if record.exploratory is None else f"{record.exploratory}; then {since}"
-    elif not seeds_only and not (allow_change or exploratory):
+    elif not (seeds_only or words_only or allow_change or exploratory):
         raise ValueError(
             f"{folder} was begun by another definition:{_listed(changes)}\n"
             "define it as it was, choose another folder with --out, or go on with the new one with "
