@@ -223,8 +223,8 @@ def _interval_method(results: dict[str, Any]) -> Sentence:
         "BCa": "bias-corrected and accelerated bootstrap over seeds",
         "t": "Student's t over seeds",
     }
-    used = dict.fromkeys(c["interval_method"] for c in results["comparisons"] if c["interval_method"])
-    named = listed(explained.get(method, method) for method in used) if used else "method not recorded"
+    used: dict[str, None] = dict.fromkeys(filter(None, (c["interval_method"] for c in results["comparisons"])))
+    named = listed(explained.get(method) or method for method in used) if used else "method not recorded"
     if results["mode"] == "sequential":
         meaning = "in that share of studies the true difference is inside at every number of seeds at once"
     else:
