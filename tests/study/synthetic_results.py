@@ -1,5 +1,6 @@
 """Results of studies that nobody ran, with the noise and accidents of real ones; numbers by NumPy and SciPy alone."""
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -79,7 +80,8 @@ def ablation(
         "mismatches": [],
         "factorial": None,
         "problems": [],
-        "provenance": ENVIRONMENT | {"runs": [run | {"arm": arm["name"]} for arm in arms for run in arm["runs"]]},
+        "provenance": copy.deepcopy(ENVIRONMENT)
+        | {"runs": [run | {"arm": arm["name"]} for arm in arms for run in arm["runs"]]},
     }
 
 
@@ -161,9 +163,9 @@ def sweep(trials: int = 40, random_seed: int = 2, axes: int = 3) -> Results:
         "unit": "nats per token", "command": "llmlab sweep experiments/rates.py --trials 40 --sampler random",
         "file": "experiments/rates.py", "date": "2026-11-26T02:10:00+00:00", "axes": every, "trials": done,
         "importance": importance,
-        "best": {"number": best["number"], "value": best["value"], "point": best["point"],
+        "best": {"number": best["number"], "value": best["value"], "point": dict(best["point"]),
                  "command": f"llmlab train experiments/rates.py {flags}"},
-        "problems": [], "provenance": ENVIRONMENT,
+        "problems": [], "provenance": copy.deepcopy(ENVIRONMENT),
     }  # fmt: skip
 
 
@@ -207,7 +209,7 @@ def _comparison(name: str, d: np.ndarray, claim: str, margin: float, sign: int, 
 
 def _arm(name: str, place: int, values: np.ndarray, diverged: list[int], rng: Any, rates: Sequence[float]) -> Results:
     steps = list(range(0, 601, 25))
-    end = float(np.delete(values, diverged).mean())
+    end = float(np.delete(values, diverged).mean()) if len(diverged) < len(values) else 6.0
     mean = [end + 4.4 * math.exp(-step / 70) + 0.35 * math.exp(-step / 300) - 0.05 for step in steps]
     band = [0.06 * math.exp(-step / 200) + 0.012 for step in steps]
     runs = []

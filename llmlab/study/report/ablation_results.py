@@ -16,6 +16,7 @@ from llmlab.study.report.schema import (
     nullable,
     number,
     one_of,
+    optional,
     pair,
     text,
     whole,
@@ -75,8 +76,15 @@ _comparison = {
     "verdict": one_of(*VERDICTS),
     "reason": text,
     "seeds_to_settle": nullable(whole),
-    "steps_to_target": nullable(mapping(anything)),
-    "speed_up": nullable(mapping(anything)),
+    "margin": optional(number),
+    "steps_to_target": nullable({"target": optional(nullable(number))}),
+    "speed_up": nullable(
+        {
+            "ratio": nullable(number),
+            "interval": optional(nullable(pair(number))),
+            "bound": optional(one_of("exact", "at least", "at most", "unknown")),
+        }
+    ),
 }
 _effect = {
     "term": text,
@@ -109,13 +117,15 @@ SHAPE = {
         }
     ),
     "problems": [anything],
-    "provenance": mapping(anything),
+    "provenance": {"runs": optional([anything])},
+    "level": optional(number),
+    "exploratory": optional(nullable(text)),
 }
 
 
 def read(folder: Path) -> dict[str, Any]:
     """The results of the ablation in this folder, checked. Errors as of `schema.load`."""
-    return load(folder, {"ablation": (SCHEMA, SHAPE, disagreements)})
+    return load(folder, "ablation", SCHEMA, SHAPE, disagreements)
 
 
 def disagreements(results: dict[str, Any]) -> Faults:

@@ -92,18 +92,18 @@ def facts(pairs: Iterable[tuple[str, Cell]]) -> Html:
 
 
 def tree(value: Mapping[str, Any]) -> Html:
-    """Nested values, as provenance holds them: long texts and large groups folded."""
+    """Nested values, as provenance holds them: long texts and groups folded."""
     rows: list[Html] = []
     for key, item in value.items():
         if isinstance(item, Mapping) and item:
-            rows.append(element("dd", _folded(key, tree(item)), style="grid-column: 1 / -1"))
+            content = _folded(", ".join(map(str, item)), tree(item))
         elif isinstance(item, list) and any(isinstance(part, Mapping | list) for part in item):
-            inner = tree({str(place): part for place, part in enumerate(item)})
-            rows.append(element("dd", _folded(f"{key} ({len(item)})", inner), style="grid-column: 1 / -1"))
+            content = _folded(f"{len(item)} entries", tree({str(place): part for place, part in enumerate(item)}))
         elif isinstance(item, str) and "\n" in item:
-            rows.append(element("dd", _folded(key, element("pre", item)), style="grid-column: 1 / -1"))
+            content = _folded(f"{len(item.splitlines())} lines", element("pre", item))
         else:
-            rows += [element("dt", key), element("dd", plain(item))]
+            content = joined(plain(item))
+        rows += [element("dt", key), element("dd", content)]
     return element("dl", *rows, class_="tree")
 
 
@@ -161,6 +161,7 @@ def problems(found: Iterable[Any]) -> Html | None:
 
 
 def _folded(summary: str, content: Html) -> Html:
+    summary = summary if len(summary) <= 80 else f"{summary[:79]}\N{HORIZONTAL ELLIPSIS}"
     return element("details", element("summary", summary), content)
 
 

@@ -42,7 +42,7 @@ SHAPE = {
 
 def read(folder: Path) -> dict[str, Any]:
     """The results of the sweep in this folder, checked. Errors as of `schema.load`."""
-    return load(folder, {"sweep": (SCHEMA, SHAPE, disagreements)})
+    return load(folder, "sweep", SCHEMA, SHAPE, disagreements)
 
 
 def ranked(results: dict[str, Any]) -> list[dict[str, Any]]:

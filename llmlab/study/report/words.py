@@ -132,9 +132,11 @@ def listed(names: Iterable[str]) -> str:
 def mode_notice(results: dict[str, Any]) -> tuple[str, str] | None:
     """(title, text) of what must be said loudly about how the seeds came about; None for a fixed design."""
     if results["mode"] == "exploratory":
+        why = results.get("exploratory")
         return (
             "Exploratory: the error rates below do not hold",
-            "Results of this study were known before its design was changed or seeds were added. P-values and "
+            (f"{why.rstrip('.')}. " if why else "")
+            + "Results of this study were known before its design was changed or seeds were added. P-values and "
             "intervals are those of a design that was fixed beforehand, which this was not: read them as a "
             "description, and confirm with fresh seeds.",
         )
@@ -221,20 +223,17 @@ def methods(results: dict[str, Any]) -> list[Sentence]:
 
 
 def _interval_method(results: dict[str, Any]) -> Sentence:
-    named = (
-        listed(dict.fromkeys(c["interval_method"] for c in results["comparisons"] if c["interval_method"]))
-        if any(c["interval_method"] for c in results["comparisons"])
-        else "none"
-    )
     explained = {
         "BCa": "bias-corrected and accelerated bootstrap over seeds",
         "t": "Student's t over seeds",
-    }.get(named, named)
+    }
+    used: dict[str, None] = dict.fromkeys(filter(None, (c["interval_method"] for c in results["comparisons"])))
+    named = listed(explained.get(method) or method for method in used) if used else "method not recorded"
     if results["mode"] == "sequential":
         meaning = "in that share of studies the true difference is inside at every number of seeds at once"
     else:
         meaning = "in that share of repeated studies such an interval holds the true mean difference"
-    return [f"Interval. {level(results)}, {explained}: {meaning}. It is about the mean over seeds, not about one run."]
+    return [f"Interval. {level(results)}, {named}: {meaning}. It is about the mean over seeds, not about one run."]
 
 
 def p_values(comparison: dict[str, Any]) -> Sentence:
