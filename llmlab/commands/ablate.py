@@ -51,9 +51,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _dry_run(ablation: "Ablation", arguments: argparse.Namespace) -> int:
-    """Prints the plan; whether the arms match is its exit code."""
+    """Prints the plan; where the run would be refused, that as well, with the exit code that it would have."""
     from llmlab.commands import ablate_tables
     from llmlab.study import matching, planning
+    from llmlab.study.record import open_record
 
     plan = planning.plan(ablation, arguments.runs)
     if arguments.json:
@@ -63,7 +64,15 @@ def _dry_run(ablation: "Ablation", arguments: argparse.Namespace) -> int:
     if plan.mismatches and ablation.acknowledge_mismatch is None:
         print(f"error: {matching.refusal(ablation, plan.mismatches)}", file=sys.stderr)
         return 1
+    sys.stdout.flush()  # the plan comes before what is wrong with it
+    how = {"exploratory": arguments.exploratory, "allow_change": arguments.allow_config_change}
+    open_record(_folder(arguments), ablation, plan.arms, **how, write=False)
     return 0
+
+
+def _folder(arguments: argparse.Namespace) -> Path:
+    """Of the study."""
+    return arguments.out or Path("studies") / f"{arguments.file.stem}-ablation"
 
 
 def _run(ablation: "Ablation", arguments: argparse.Namespace, argv: Sequence[str]) -> int:
@@ -76,7 +85,7 @@ def _run(ablation: "Ablation", arguments: argparse.Namespace, argv: Sequence[str
 
     compilation_cache.enable(default_cache_dir())
     path: Path = arguments.file
-    folder: Path = arguments.out or Path("studies") / f"{path.stem}-ablation"
+    folder = _folder(arguments)
     command = _without_password(["llmlab", "ablate", *argv], arguments.storage)
     board = Board(quiet=arguments.json)
     try:

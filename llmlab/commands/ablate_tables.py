@@ -56,6 +56,8 @@ def print_plan(plan: "Plan", ablation: "Ablation", root: Path) -> None:
     console.print(Text(_runs(plan, ablation, root)))
     for near in plan.nearest:
         _print_nearest(console, near, root)
+    for remark in plan.remarks:
+        console.print(Text(remark, style="yellow"))
     for mismatch in plan.mismatches:
         console.print(Text(f"{mismatch}: {ablation.acknowledge_mismatch or 'not acknowledged'}", style="yellow"))
 

@@ -349,7 +349,8 @@ def _remarks(table: Table, tuned: Mapping[str, Tuned], outcomes: Sequence[Outcom
         for arm, t in tuned.items()
         if t.at_edge
     ]
-    return [*found, *sources.disagreements(outcomes)]
+    there = [(outcome.job.label, outcome.job.experiment, outcome.trial.directory) for outcome in outcomes]
+    return [*found, *sources.disagreements(outcomes), *sources.outdated(there)]
 
 
 def _strict(value: Any) -> Any:

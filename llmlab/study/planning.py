@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from llmlab.config import to_json
-from llmlab.study import matching
+from llmlab.experiment import Experiment
+from llmlab.study import matching, sources
 from llmlab.study.ablation import Ablation, Arm
 from llmlab.study.changes import Difference, json_difference
 from llmlab.study.outcomes import Job, comparison_jobs, outcome, tuned, tuning_jobs
@@ -39,7 +40,7 @@ class PlannedRun:
     hash: str | None
     """None while the learning rate that it will have is not known."""
     status: Status
-    experiment: Any
+    experiment: Experiment
     tokens: float | None
 
     @property
@@ -81,6 +82,8 @@ class Plan:
     amounts: Mapping[str, matching.Achieved] = field(default_factory=dict)
     """Arm -> tokens, parameters and FLOPs of a run."""
     mismatches: tuple[matching.Mismatch, ...] = ()
+    remarks: tuple[str, ...] = ()
+    """What to know about the runs that are there."""
 
     @property
     def to_do(self) -> list[PlannedRun]:
@@ -125,6 +128,7 @@ def plan(ablation: Ablation, root: Path, *, measure: bool = True) -> Plan:
         estimate=_estimate([run for run in runs if run.to_do], amounts, there, measure),
         amounts=amounts,
         mismatches=tuple(matching.mismatches(ablation, amounts)),
+        remarks=tuple(sources.outdated((r.label, r.experiment, root / r.hash) for r in runs if r.hash is not None)),
     )
 
 
@@ -279,4 +283,5 @@ def as_json(found: Plan) -> dict[str, Any]:
             for near in found.nearest
         ],
         "mismatches": matching.as_json(found.mismatches),
+        "remarks": list(found.remarks),
     }

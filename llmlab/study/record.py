@@ -95,6 +95,7 @@ def open_record(
     *,
     exploratory: bool = False,
     allow_change: bool = False,
+    write: bool = True,
 ) -> Record:
     """The record of this study in its folder, begun where there is none. Writes nothing but study.json.
 
@@ -104,6 +105,7 @@ def open_record(
         arms: of it.
         exploratory: go on although results are known and the definition is another, and say so in every report.
         allow_change: go on in a folder that another definition began, as long as no results are known.
+        write: False to see only whether it would go on.
 
     Raises:
         ValueError: the folder holds something else, or a study of another definition; the message says what differs.
@@ -112,10 +114,12 @@ def open_record(
     path, now = folder / FILE_NAME, definition(ablation, arms)
     record = read_record(folder)
     if record is None:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        # Hidden files are of another process that begins the same study at this moment.
+        if folder.exists() and (not folder.is_dir() or any(not file.name.startswith(".") for file in folder.iterdir())):
             raise ValueError(f"{folder} exists and is no study (it has no {FILE_NAME}); choose another with --out")
         record = Record(path, now)
-        record.write()
+        if write:
+            record.write()
         return record
     changes = json_difference(record.definition, now)
     if not changes:
@@ -136,7 +140,8 @@ def open_record(
         )
     record.remarks.append(f"the definition of {folder} changes:{_listed(changes)}")
     record.definition = now
-    record.write()
+    if write:
+        record.write()
     return record
 
 

@@ -7,10 +7,12 @@ paths are cut to their last part.
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
+from llmlab.config import defining_file
+from llmlab.experiment import Experiment
 from llmlab.study.outcomes import Outcome
 
 _ABSOLUTE = re.compile(r"(?<![\w./:])/(?:[^\s/:'\"=,]+/)+")
@@ -67,6 +69,26 @@ def disagreements(outcomes: Sequence[Outcome]) -> list[str]:
         return []
     what = ", ".join(_NAMES.get(name, name) for name in names)
     return [f"not all runs were made with the same {what}: the results' provenance has which with which"]
+
+
+def outdated(runs: Iterable[tuple[str, Experiment, Path]]) -> list[str]:
+    """Runs with a class of the experiment file's own that were made with another text of that file.
+
+    A config names a class and not its code, so that such a run is found by its hash all the same. Runs are given as
+    (label, experiment, directory).
+    """
+    labels = []
+    for label, experiment, directory in runs:
+        file, copy = defining_file(experiment), directory / "experiment.py"
+        if file is not None and copy.exists() and file.exists() and copy.read_bytes() != file.read_bytes():
+            labels.append(label)
+    if not labels:
+        return []
+    which = ", ".join(labels[:6]) + (" and others" if len(labels) > 6 else "")
+    return [
+        f"{which} used a class that the experiment file defines, and that file was another then: if what changed "
+        "matters, remove their directories, and they are run again"
+    ]
 
 
 def code(content: Mapping[str, Any]) -> str | None:

@@ -133,8 +133,12 @@ def test_a_plan_says_why_a_run_is_not_there(study: Path, capsys: pytest.CaptureF
     text = (study / "tiny.py").read_text(encoding="utf-8").replace("steps=6", "steps=9")
     (study / "tiny.py").write_text(text, encoding="utf-8")
     sys.modules.pop("tiny", None)  # a new process would read the file again
-    assert main(["ablate", "norm.py", "--dry-run"]) == 0
-    said = capsys.readouterr().out
+    record = (study / "studies" / "norm-ablation" / "study.json").read_bytes()
+    assert main(["ablate", "norm.py", "--dry-run"]) == 2  # as without --dry-run: its results are known
+    said, refused = capsys.readouterr()
+    assert "arms.baseline.config.train.steps: 6 -> 9" in refused
+    assert "--exploratory" in refused
+    assert (study / "studies" / "norm-ablation" / "study.json").read_bytes() == record
     assert "0 of them in runs/trials already, 4 to do" in said
     for arm, run in (("baseline", 0), ("layernorm", 0)):
         near = results(study)["arms"][("baseline", "layernorm").index(arm)]["runs"][run]

@@ -5,9 +5,12 @@ from typing import Any
 
 import pytest
 
+from llmlab.config import config_hash, load_experiment_file, save
 from llmlab.experiment import Experiment
+from llmlab.nn.norms import RMSNorm
+from llmlab.study.changes import swap
 from llmlab.study.outcomes import Job, Outcome
-from llmlab.study.sources import code, disagreements, provenance, relative
+from llmlab.study.sources import code, disagreements, outdated, provenance, relative
 from llmlab.study.trials import Status
 from tests.study.fakes import trial
 
@@ -69,3 +72,33 @@ def test_directories_below_are_relative(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     assert relative(tmp_path / "runs" / "trials" / "a") == "runs/trials/a"
     assert relative(Path("runs/trials/a")) == "runs/trials/a"
+
+
+OWN = """
+from dataclasses import dataclass
+from llmlab.nn.norms import LayerNorm
+
+@dataclass(frozen=True, kw_only=True)
+class Mine(LayerNorm):
+    pass  # VERSION
+
+def config():
+    return None
+"""
+
+
+def test_a_run_of_a_class_whose_code_has_changed_is_told(tiny: Experiment, tmp_path: Path) -> None:
+    """The config, and so the hash, is the same: only the file tells."""
+
+    def made(version: str) -> Experiment:
+        (tmp_path / "own.py").write_text(OWN.replace("VERSION", version), encoding="utf-8")
+        return swap(RMSNorm, load_experiment_file(tmp_path / "own.py").Mine())(tiny)
+
+    before, directory = made("1"), tmp_path / "run"
+    directory.mkdir()
+    save(before, directory)
+    assert outdated([("mine/seed=0", before, directory), ("baseline/seed=0", tiny, directory)]) == []
+    after = made("2")
+    assert config_hash(after) == config_hash(before)
+    (said,) = outdated([("mine/seed=0", after, directory), ("baseline/seed=0", tiny, directory)])
+    assert said.startswith("mine/seed=0 used a class that the experiment file defines")
