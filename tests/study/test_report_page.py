@@ -205,6 +205,44 @@ def test_browser_runs_the_page_s_script_without_complaint_and_nothing_else(name:
     assert len(page.all("script")) == 1
 
 
+def probed(source: str, script: str) -> str:
+    """The page with a script of the test, which needs the policy taken away."""
+    without = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", source)
+    return without.replace("</body>", f"<script>{script}</script></body>")
+
+
+@in_browser
+def test_a_reader_can_sort_tables_and_read_curves_off(tmp_path: Path) -> None:
+    """Clicks and points as a reader would; what the page then shows is compared with the results."""
+    results = test_report_sweep.CASES["usual"]
+    script = """
+        const table = document.querySelector("#best table");
+        const head = table.tHead.rows[0].cells[2];
+        const column = () => [...table.tBodies[0].rows].map(row => row.cells[2].querySelector("data").value).join(" ");
+        head.querySelector("button").click();
+        const up = column();
+        head.querySelector("button").click();
+        const area = document.querySelector("#curves .area"), box = area.getBoundingClientRect();
+        area.dispatchEvent(new PointerEvent("pointermove", {clientX: box.left + box.width, clientY: box.top + 9}));
+        const read = area.querySelector(".readout").innerText.replaceAll("\\n", ";");
+        document.title = [up, column(), head.getAttribute("aria-sort"), read].join("|");
+    """
+    done = browse(probed(CASES["sweep, usual"](), script), tmp_path, "--dump-dom")
+    assert said_to_console(done) == []
+    up, down, told, read = parse(done.stdout).one("head").one("title").text.split("|")
+    best = test_report_sweep.finished(results)[:15]
+    rates = sorted(trial["point"]["optimizer.peak_lr"] for trial in best)
+    assert [float(rate) for rate in up.split()] == rates
+    assert [float(rate) for rate in down.split()] == rates[::-1]
+    assert told == "descending"
+    first, *lines = read.split(";")
+    assert first == "optimizer step 600"
+    shown = {line.rpartition(" ")[0].strip(): float(line.rpartition(" ")[2]) for line in lines}
+    assert shown == {
+        f"trial {trial['number']}": pytest.approx(trial["curve"]["value"][-1], rel=1e-4) for trial in best[:4]
+    }
+
+
 @in_browser
 def test_a_script_that_slipped_in_would_not_run(tmp_path: Path) -> None:
     """The policy is a second wall: with escaping taken away, the browser still refuses."""
@@ -228,7 +266,6 @@ def test_screenshots_have_the_theme_and_no_sideways_scrolling(name: str, theme: 
     flags = [f"--window-size={width},{height}", f"--screenshot={tmp_path / 'shot.png'}"]
     if theme == "dark":
         flags.append("--blink-settings=preferredColorScheme=0")
-    # The page's own width, told through its title by a script that this test adds, policy and all.
     probe = "document.title = document.documentElement.scrollWidth"
     assert said_to_console(browse(CASES[name](), tmp_path, *flags)) == []
     image = imread(tmp_path / "shot.png")
@@ -238,9 +275,7 @@ def test_screenshots_have_the_theme_and_no_sideways_scrolling(name: str, theme: 
     corner = (image[2, 2, :3] * 255).round().astype(int).tolist()
     assert corner == expected
     assert image[:, :, :3].std() > 0.05  # something is drawn
-    probed = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", CASES[name]())
-    probed = probed.replace("</body>", f"<script>{probe}</script></body>")
-    done = browse(probed, tmp_path, f"--window-size={width},{height}", "--dump-dom")
+    done = browse(probed(CASES[name](), probe), tmp_path, f"--window-size={width},{height}", "--dump-dom")
     assert int(parse(done.stdout).one("head").one("title").text) <= width
 
 

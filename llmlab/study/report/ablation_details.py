@@ -97,10 +97,19 @@ def learning_rates(results: dict[str, Any], decimals: int) -> Html | None:
             summary="The metric against the learning rate by arm",
         ),
     )
+    costs = [
+        element(
+            "li", arm["name"], ": ", fixed(arm["learning_rate_sensitivity"]["value"], decimals), words.unit(results)
+        )
+        for _, arm in tuned
+        if arm.get("learning_rate_sensitivity")
+    ]
+    sensitivity = "Lost on average over the grid by not using the best rate (learning-rate sensitivity):"
     heads = [("Arm", False), ("Learning rate", True), (title, True), ("Chosen", False)]
     return section(
         "Learning rates",
         figure,
+        [element("p", sensitivity, class_="lede"), element("ul", *costs, class_="notes")] if costs else None,
         folded("As a table", table(heads, rows, caption="The grid of every arm")),
         anchor="rates",
     )
@@ -178,11 +187,7 @@ def runs(results: dict[str, Any], decimals: int) -> Html:
         every[str(named or place) if str(named or place) not in every else f"{named} ({place})"] = run
     return section(
         "Provenance",
-        element(
-            "p",
-            ["Study file ", element("code", results["file"]), ", run by ", element("code", results["command"]), "."],
-            class_="lede",
-        ),
+        element("p", "Study file ", element("code", results["file"] or "not recorded"), ".", class_="lede"),
         folded(f"All {len(rows)} runs", table(heads, rows, caption="Every run of the study", sortable=True)),
         folded("Environment", tree(shared)) if shared else None,
         folded("Provenance by run", tree(every)) if every else None,

@@ -44,8 +44,10 @@ def render(results: dict[str, Any]) -> str:
         problems(results["problems"]),
         ablation_details.runs(results, decimals),
         foot=[
-            "Made from results.json alone. Again, with the runs that exist already reused:",
-            code(results["command"]),
+            "Made from results.json alone.",
+            [" Again, with the runs that exist already reused:", code(results["command"])]
+            if results["command"]
+            else None,
         ],
     )
 
@@ -70,8 +72,15 @@ def _first_screen(results: dict[str, Any], decimals: int) -> Html:
     loud = []
     if results["mode"] == "sequential" and notice is not None:
         loud.append(alert(*notice, note=True))
-    if results["mismatches"] and results["acknowledged"] is not None:
-        loud.append(alert("Acknowledged mismatch", results["acknowledged"], note=True))
+    if results.get("withheld"):
+        loud.append(alert("Verdict withheld", results["reason"].removeprefix("withheld: ")))
+    elif results["mismatches"]:
+        acknowledged = results["acknowledged"]
+        title = "Acknowledged mismatch" if acknowledged else "Mismatch"
+        loud.append(alert(title, acknowledged or "Not acknowledged.", note=bool(acknowledged)))
+    if remarks := results.get("remarks"):
+        items = element("ul", *(element("li", remark) for remark in remarks), class_="notes")
+        loud.append(alert("Before believing the numbers", items, note=True))
     if gone := words.diverged(results):
         loud.append(alert("Diverged seeds", *(element("div", sentence) for sentence in gone), note=True))
     if count := len(results["problems"]):
@@ -125,7 +134,7 @@ def _comparisons(results: dict[str, Any], decimals: int) -> Html:
                     *start,
                     signed(comparison["difference"], decimals),
                     interval(comparison["interval"], decimals),
-                    words.p_values(comparison),
+                    p_value(words.deciding_p(comparison)),
                     element("span", comparison["verdict"], class_=f"verdict {comparison['verdict']}"),
                 ],
                 "",
@@ -139,13 +148,10 @@ def _comparisons(results: dict[str, Any], decimals: int) -> Html:
         )
         for c in results["comparisons"]
     ]
-    caption = (
-        "Each arm against the baseline, differences paired by seed. p is of the test for the claim: a refutation rests "
-        "on the opposite test, whose p is in the reason below."
-    )
     return section(
         "Comparisons",
-        table(heads, rows, caption=caption),
+        element("p", words.P_NOTE, class_="lede"),
+        table(heads, rows, caption="Each arm against the baseline, differences paired by seed"),
         element("ul", *reasons, class_="notes", style="margin-top: 1.2rem"),
         folded("Every statistic", _statistics(results, decimals)),
         anchor="comparisons",
@@ -161,7 +167,7 @@ def _statistics(results: dict[str, Any], decimals: int) -> Html:
     every = results["comparisons"]
     level = words.level(results)
     rows = [
-        row("Claim", (words.claim(results, c) for c in every)),
+        row("Claim", (c["claim"] for c in every)),
         row("Margin", (general(margin_of(results, c)) for c in every)),
         row("Difference", (signed(c["difference"], decimals) for c in every)),
         row(
@@ -170,6 +176,8 @@ def _statistics(results: dict[str, Any], decimals: int) -> Html:
         row(f"{level} t interval", (interval(c["t_interval"], decimals) for c in every)),
         row("p of the claim's test", (p_value(c["p_claim"]) for c in every)),
         row("the same after Holm", (p_value(c["p_holm"]) for c in every)),
+        row("p of the opposite test", (p_value(c.get("p_against")) for c in every)),
+        row("the opposite after Holm", (p_value(c.get("p_against_holm")) for c in every)),
         row("p, paired t (two-sided)", (p_value(c["p_t"]) for c in every)),
         row("p, sign flips (two-sided)", (p_value(c["p_sign_flip"]) for c in every)),
         row("p, equivalence (TOST)", (p_value(c["p_equivalence"]) for c in every)),

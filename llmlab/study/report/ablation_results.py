@@ -11,6 +11,7 @@ from typing import Any
 from llmlab.study.report.schema import (
     Faults,
     anything,
+    flag,
     load,
     mapping,
     nullable,
@@ -35,6 +36,7 @@ _arm = {
     "changes": [{"path": text, "baseline": anything, "variant": anything}],
     "learning_rate": nullable(number),
     "learning_rates": nullable([{"rate": number, "values": [nullable(number)]}]),
+    "learning_rate_sensitivity": optional(nullable({"value": number})),
     "achieved": _quantities,
     "values": [nullable(number)],
     "mean": nullable(number),
@@ -77,6 +79,9 @@ _comparison = {
     "reason": text,
     "seeds_to_settle": nullable(whole),
     "margin": optional(number),
+    "level": optional(number),
+    "p_against": optional(nullable(number)),
+    "p_against_holm": optional(nullable(number)),
     "steps_to_target": nullable({"target": optional(nullable(number))}),
     "speed_up": nullable(
         {
@@ -118,8 +123,10 @@ SHAPE = {
     ),
     "problems": [anything],
     "provenance": {"runs": optional([anything])},
-    "level": optional(number),
     "exploratory": optional(nullable(text)),
+    "withheld": optional(flag),
+    "remarks": optional([text]),
+    "diverged_value": optional(nullable({"value": number, "source": text})),
 }
 
 
@@ -176,8 +183,8 @@ def _of_comparison(comparison: dict[str, Any], baseline: dict[str, Any], variant
         low, high = comparison[name] or (None, None)
         if low is not None and high is not None and low > high:
             yield f"{where}.{name} is [{low}, {high}], which ends before it begins"
-    for name in ("p_t", "p_sign_flip", "p_claim", "p_holm", "p_equivalence"):
-        if comparison[name] is not None and not 0 <= comparison[name] <= 1:
+    for name in ("p_t", "p_sign_flip", "p_claim", "p_holm", "p_against", "p_against_holm", "p_equivalence"):
+        if comparison.get(name) is not None and not 0 <= comparison[name] <= 1:
             yield f"{where}.{name} is {comparison[name]}, which is no probability"
 
 

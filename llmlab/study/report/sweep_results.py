@@ -3,7 +3,19 @@
 from pathlib import Path
 from typing import Any
 
-from llmlab.study.report.schema import Faults, anything, flag, load, mapping, nullable, number, one_of, text, whole
+from llmlab.study.report.schema import (
+    Faults,
+    anything,
+    flag,
+    load,
+    mapping,
+    nullable,
+    number,
+    one_of,
+    optional,
+    text,
+    whole,
+)
 
 SCHEMA = 1
 
@@ -34,7 +46,15 @@ SHAPE = {
     "axes": [_axis],
     "trials": [_trial],
     "importance": nullable(mapping(number)),
-    "best": nullable({"number": whole, "value": number, "point": mapping(anything), "command": text}),
+    "best": nullable(
+        {
+            "number": whole,
+            "value": number,
+            "point": mapping(anything),
+            "command": nullable(text),
+            "told": optional([text]),
+        }
+    ),
     "problems": [anything],
     "provenance": mapping(anything),
 }

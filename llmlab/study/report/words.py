@@ -9,7 +9,7 @@ from typing import Any
 
 from llmlab.study.report.ablation_results import differences
 from llmlab.study.report.forest import margin_of
-from llmlab.study.report.numbers import Shown, decimals_for, fixed, general, interval, p_value
+from llmlab.study.report.numbers import Shown, decimals_for, fixed, general, interval
 
 Sentence = list[str]
 """Texts, some of them `Shown` numbers, to be written one after the other."""
@@ -33,7 +33,8 @@ def decimals(results: dict[str, Any]) -> int:
 
 def level(results: dict[str, Any]) -> str:
     """The level of the intervals: "95%"."""
-    return f"{100 * results.get('level', 1 - results['alpha']):.4g}%"
+    told = next((c["level"] for c in results["comparisons"] if "level" in c), 1 - results["alpha"])
+    return f"{100 * told:.4g}%"
 
 
 def unit(results: dict[str, Any]) -> str:
@@ -151,11 +152,15 @@ def mode_notice(results: dict[str, Any]) -> tuple[str, str] | None:
 
 def diverged(results: dict[str, Any]) -> list[Sentence]:
     """One sentence for each arm with diverged seeds."""
+    counts: Sentence = ["; each counts, with the worst value known"]
+    if imputed := results.get("diverged_value"):
+        counts = ["; each counts as ", fixed(imputed["value"], decimals(results)), f", {imputed['source']}"]
     return [
         [
             f"{arm['name']} diverged in seed{'s' * (len(arm['diverged']) > 1)} ",
             listed(map(str, arm["diverged"])),
-            "; each counts, with the worst value known: see the methods.",
+            *counts,
+            ".",
         ]
         for arm in results["arms"]
         if arm["diverged"]
@@ -236,6 +241,12 @@ def _interval_method(results: dict[str, Any]) -> Sentence:
     return [f"Interval. {level(results)}, {named}: {meaning}. It is about the mean over seeds, not about one run."]
 
 
-def p_values(comparison: dict[str, Any]) -> Sentence:
-    """The p-value that the verdict rests on, for a table of one column."""
-    return [p_value(comparison["p_holm"] if comparison["p_holm"] is not None else comparison["p_claim"])]
+def deciding_p(comparison: dict[str, Any]) -> float | None:
+    """The p-value that the verdict rests on: against the claim where it is refuted, after Holm's correction."""
+    side = ("p_against_holm", "p_against") if comparison["verdict"] == "refuted" else ("p_holm", "p_claim")
+    found = [comparison[name] for name in (*side, "p_holm", "p_claim") if comparison.get(name) is not None]
+    return found[0] if found else None
+
+
+P_NOTE = "p is of the test that the verdict rests on: against the claim where it is refuted."
+"""Stands beside every table that shows `deciding_p`."""
