@@ -167,15 +167,14 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(workers: int, directory: Path
 @pytest.mark.scale
 def test_two_terminals_with_the_same_search_share_its_trials(directory: Path) -> None:
     (directory / "long.py").write_text(LONG + SEARCH, encoding="utf-8")
-    arguments = ["--trials", "6", "--train.steps", "20", "--pruner", "median"]
+    arguments = ["--trials", "6", "--train.steps", "20", "--train.evaluate-every", "5", "--pruner", "median"]
     first = start(*arguments, "--workers", "2")  # one that has workers of its own
     second = start(*arguments)
-    for process in (first, second):
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
+    told = [process.communicate(timeout=300) for process in (first, second)]
+    assert [first.returncode, second.returncode] == [0, 0], told
     results = json.loads(Path("studies/long-sweep/results.json").read_text())
     assert [trial["number"] for trial in results["trials"]] == list(range(6))
-    assert {trial["status"] for trial in results["trials"]} == {"finished"}
+    assert {trial["status"] for trial in results["trials"]} <= {"finished", "pruned"}
     hashes = [trial["hash"] for trial in results["trials"]]
     assert len(set(hashes)) == 6
     assert all(len(sessions(Path(trial["directory"]))) == 1 for trial in results["trials"])
