@@ -185,6 +185,12 @@ def test_an_experiment_that_kills_its_workers_fails_in_the_end(
     assert queue.take() is not None
 
 
+def test_a_study_keeps_its_direction(make_queue: Callable[..., Queue]) -> None:
+    make_queue({"a": "a"})
+    with pytest.raises(ValueError, match="was begun to minimize, and now is to maximize"):
+        make_queue({"a": "a"}, direction="maximize")
+
+
 def test_trials_that_nobody_enqueued_are_left_alone(make_queue: Callable[..., Queue]) -> None:
     queue = make_queue({"a": "a"})
     queue.store.study.enqueue_trial({"x": 1.0})

@@ -36,6 +36,14 @@ def sweep():
 """
 
 
+SEARCH = """
+from llmlab.study.space import log_uniform, sample
+
+def sweep():
+    return sample("optimizer.peak_lr", log_uniform(1e-3, 1e-1))
+"""
+
+
 def rates(experiment: Experiment, *values: float) -> dict[str, Experiment]:
     return {f"{value}": replace(experiment, optimizer=replace(experiment.optimizer, peak_lr=value)) for value in values}
 
@@ -106,10 +114,16 @@ def test_an_edited_job_is_not_run_as_another(tiny: Experiment, directory: Path) 
         work.load_job(directory, hash_, None)
 
 
-def test_workers_share_the_gpus_and_nothing_where_there_are_fewer() -> None:
+def test_workers_share_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
     shares = [crew.devices(index, 2, ["0", "1", "2", "3"]) for index in range(2)]
     assert shares == [{"CUDA_VISIBLE_DEVICES": "0,2"}, {"CUDA_VISIBLE_DEVICES": "1,3"}]
-    assert crew.devices(0, 2, ["0"]) == crew.devices(0, 1, ["0", "1"]) == crew.devices(0, 2, []) == {}
+    crowded = [crew.devices(index, 3, ["4", "5"]) for index in range(3)]
+    assert [share["CUDA_VISIBLE_DEVICES"] for share in crowded] == ["4", "5", "4"]
+    assert {share["XLA_PYTHON_CLIENT_MEM_FRACTION"] for share in crowded} == {"0.450"}
+    assert crew.devices(0, 1, ["0", "1"]) == crew.devices(0, 2, []) == {}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,8")
+    assert crew.devices(1, 2) == {"CUDA_VISIBLE_DEVICES": "8"}
 
 
 def test_the_overhead_of_a_trial_is_below_a_second(tiny: Experiment) -> None:
@@ -148,6 +162,26 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(workers: int, directory: Path
     again.send_signal(signal.SIGTERM)
     assert again.wait(timeout=120) == 42
     again.communicate()
+
+
+@pytest.mark.scale
+def test_two_terminals_with_the_same_search_share_its_trials(directory: Path) -> None:
+    (directory / "long.py").write_text(LONG + SEARCH, encoding="utf-8")
+    arguments = ["--trials", "6", "--train.steps", "20", "--train.evaluate-every", "5", "--pruner", "median"]
+    first = start(*arguments, "--workers", "2")  # one that has workers of its own
+    second = start(*arguments)
+    told = [process.communicate(timeout=300) for process in (first, second)]
+    assert [first.returncode, second.returncode] == [0, 0], told
+    results = json.loads(Path("studies/long-sweep/results.json").read_text())
+    assert [trial["number"] for trial in results["trials"]] == list(range(6))
+    assert {trial["status"] for trial in results["trials"]} <= {"finished", "pruned"}
+    hashes = [trial["hash"] for trial in results["trials"]]
+    assert len(set(hashes)) == 6
+    assert all(len(sessions(Path(trial["directory"]))) == 1 for trial in results["trials"])
+    with opened(Path("studies/long-sweep")) as (_, queue):
+        workers = {entry.attributes["worker"]["pid"] for entry in queue.entries()}
+    assert len(workers) >= 2
+    assert first.pid not in workers
 
 
 @pytest.mark.scale
