@@ -1,1 +1,1 @@
-"""Studies: sweeps, ablations and scaling laws over runs, with statistics."""
+"""Sweeps, ablations and scaling laws: many runs of one experiment, and what can be said from them."""
