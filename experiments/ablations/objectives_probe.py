@@ -96,7 +96,7 @@ def states(model: Any, input_ids: Any, attention_mask: Any) -> Any:
 
 def probe(run: Run) -> Mapping[str, float]:
     """Accuracy of the probe on docstrings that it was not fitted on."""
-    sides = Docstrings().read()
+    sides = Docstrings(validation_fraction=0.3).read()  # 600 texts: an accuracy to 2%
     names = sorted({example.label for side in sides for example in side})
     labels = [np.array([names.index(example.label) for example in side]) for side in sides]
     rows = [[run.tokenizer.encode(example.texts[0]) for example in side] for side in sides]

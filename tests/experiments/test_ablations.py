@@ -11,9 +11,13 @@ import numpy as np
 import pytest
 
 from llmlab.config import config_hash, load_experiment_file
+from llmlab.data import Packed, StandardLibrary
 from llmlab.data.dataset import Stream
+from llmlab.optim import AdamW
 from llmlab.study import matching
 from llmlab.study.ablation import Ablation, read_ablation
+from llmlab.study.conduct import Conduct
+from llmlab.tokenizers import Bytes
 
 FOLDER = Path(__file__).parent.parent.parent / "experiments" / "ablations"
 # base.py is what they share, and no study.
@@ -95,6 +99,26 @@ def test_objectives_process_equally_many_tokens() -> None:
             targets = corruption.lengths(corruption.text_length(train.sequence_length))[1]
         totals[arm.name] = train.steps * train.batch_size * (train.sequence_length + targets)
     assert max(totals.values()) <= 1.001 * min(totals.values()), totals
+
+
+def test_a_study_runs_measures_and_decides(tmp_path: Path) -> None:
+    """Two steps on one package: BatchNorm lets a row's first token see its last one, LayerNorm does not."""
+    study = read_ablation(path_of("batch_norm"))
+    little = replace(
+        study.baseline,
+        tokenizer=Bytes(),
+        data=Packed(StandardLibrary(include=("json",)), validation_fraction=0.3),
+        optimizer=AdamW(peak_lr=1e-3),
+        train=replace(study.baseline.train, steps=2, batch_size=8, evaluate_batches=1, evaluate_every=0),
+    )
+    short = replace(study, baseline=little, seeds=2)
+    results = Conduct(name="batch_norm", folder=tmp_path / "study", root=tmp_path / "trials").run(short)
+    assert results["problems"] == []
+    assert [arm["name"] for arm in results["arms"]] == ["baseline", "batch norm"]
+    layer, batch = (arm["measures"]["leak"]["values"] for arm in results["arms"])
+    assert layer == [0.0, 0.0]
+    assert min(batch) > 1e-4
+    assert all(isinstance(value, float) for arm in results["arms"] for value in arm["values"])
 
 
 def test_garbage_comes_in_bursts_that_follow_from_seed_and_step() -> None:
