@@ -40,8 +40,10 @@ IGNORED = -100
 _CHUNK = {"cpu": (2**21, 256)}
 _CHUNK_ACCELERATOR = (2**27, 1024)
 
-# Pulled back in place of 1 in float16, whose smallest normal number is 6e-5: most probabilities are below it.
-_FLOAT16_UNIT = 1024.0
+# Pulled back in place of 1 in float16, whose smallest normal number is 6e-5: most probabilities are below it. To the
+# head less where a chunk has more than so many tokens: its gradient is a sum over them, which must stay below float16's
+# largest number, 65,504, whatever the loss is scaled by later (here: all of one label, and states of size 16).
+_FLOAT16_UNIT, _FLOAT16_TOKENS = 1024.0, 4
 
 Project = Callable[[jax.Array], jax.Array]
 
@@ -212,15 +214,17 @@ def _sum_forward(
     params: tuple[jax.Array, ...],
 ) -> tuple[Sums, Any]:
     """The sums, and the gradient of the first of them with respect to hidden states and params."""
-    unit = _FLOAT16_UNIT if chunks[0].dtype == jnp.float16 else 1.0
+    unit, unit_params = _units(chunks[0])
 
     def one(carry: tuple[Sums, Any], chunk: Chunk) -> tuple[tuple[Sums, Any], jax.Array]:
         sums, d_params = carry
         hidden, labels, weights = chunk
         logits, pull_back = jax.vjp(lambda h, p: project(h, *p).astype(jnp.float32), hidden, params)
         terms = _Terms.of(logits, labels)
-        d_logits = (unit * weights)[..., None] * terms.gradient(label_smoothing, z_loss)
-        d_hidden, d_chunk = pull_back(d_logits)
+        d_logits = weights[..., None] * terms.gradient(label_smoothing, z_loss)
+        d_hidden, d_chunk = pull_back(unit * d_logits)
+        if unit_params != unit:  # neither call's other half is computed
+            _, d_chunk = pull_back(unit_params * d_logits)
         # float32: in bfloat16 every addition would round the running sum to 8 bits
         d_params = jax.tree.map(lambda total, part: total + part, d_params, d_chunk)
         return (terms.add_to(sums, weights, label_smoothing, z_loss), d_params), d_hidden
@@ -235,10 +239,19 @@ def _sum_backward(
     project: Callable[..., jax.Array], label_smoothing: float, z_loss: float, residuals: Any, d_sums: Sums
 ) -> tuple[Any, Any]:
     d_hidden, d_params, dtypes = residuals
-    unit = _FLOAT16_UNIT if d_hidden.dtype == jnp.float16 else 1.0
-    scale = d_sums[0] / unit  # the other sums have no gradient
-    d_params = tuple((scale * d).astype(like.dtype) for d, like in zip(d_params, dtypes, strict=True))
-    return ((scale * d_hidden).astype(d_hidden.dtype), None, None), d_params
+    unit, unit_params = _units(d_hidden)
+    scale = d_sums[0]  # the other sums have no gradient
+    d_params = tuple((scale / unit_params * d).astype(like.dtype) for d, like in zip(d_params, dtypes, strict=True))
+    return ((scale / unit * d_hidden).astype(d_hidden.dtype), None, None), d_params
+
+
+def _units(hidden: Float[Array, "N B S D"]) -> tuple[float, float]:
+    """What is pulled back in place of 1 to the hidden states of a chunk, and to the head."""
+    if hidden.dtype != jnp.float16:
+        return 1.0, 1.0
+    tokens = math.prod(hidden.shape[1:3])
+    # A power of two, so that nothing is rounded.
+    return _FLOAT16_UNIT, min(_FLOAT16_UNIT, 2.0 ** math.floor(math.log2(_FLOAT16_UNIT * _FLOAT16_TOKENS / tokens)))
 
 
 _summed = jax.custom_vjp(_sum, nondiff_argnums=(0, 1, 2))
