@@ -1,1 +1,1 @@
-"""Studies: sweeps, ablations and scaling laws over runs, with statistics."""
+"""Studies: sweeps, ablations and scaling laws, with statistics that a reviewer would accept."""
