@@ -148,6 +148,7 @@ def _look(state: TrainState, step: int, parts: Parts) -> None:
         stopping = parts.interruption.signal
         if checkpoint_due(step, config) or stopping is not None:
             with parts.phases.within("checkpoint"):
+                parts.recorder.sync()
                 checkpoints.save(state, step, meta)
     if stopping is not None and (step < config.steps or UNEVALUATED in meta):
         _tell_saved(checkpoints.wait(), parts.report)
