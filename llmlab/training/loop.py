@@ -57,6 +57,10 @@ class Recording(Protocol):
         """Records an evaluation after `step` steps."""
         ...
 
+    def sync(self) -> None:
+        """What was recorded is to survive the loss of the machine."""
+        ...
+
 
 UNEVALUATED = "unevaluated"
 """Key of a checkpoint's meta: the evaluation that was due at its step was cut short, and is made up for on resuming."""
