@@ -23,6 +23,10 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "plan": ("llmlab.commands.plan", "compile it for TPUs that are not here: memory, FLOPs, collectives, roofline"),
         "schedule": ("llmlab.commands.schedule", "draw an experiment's learning rate over the run"),
     },
+    "Studies": {
+        "sweep": ("llmlab.commands.sweep", "run an experiment over many values, by many workers, and find the best"),
+        "ablate": ("llmlab.commands.ablate", "compare variants with a baseline over seeds: a verdict and a report"),
+    },
     "Look at results": {
         "runs": ("llmlab.commands.runs", "list runs and their results in a table"),
         "plot": ("llmlab.commands.plot", "write the loss curves of runs to a PNG file"),

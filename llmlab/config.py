@@ -98,6 +98,13 @@ def load(directory: Path, expected: type[T]) -> T:
         raise ValueError(f"{path}: {error}") from None
 
 
+def defining_file(config: Any) -> Path | None:
+    """The experiment file that defines classes of this tree, where there is one."""
+    homes = set[str]()
+    _homes(config, homes)
+    return Path(str(sys.modules[homes.pop()].__file__)) if homes else None
+
+
 def _homes(config: Any, found: set[str]) -> None:
     """Adds the names of the experiment modules that define classes of this tree; there is at most one in practice."""
     if dataclasses.is_dataclass(config):
@@ -112,7 +119,12 @@ def _homes(config: Any, found: set[str]) -> None:
 
 def config_hash(config: Any, length: int = 8) -> str:
     """Hexadecimal digest of the config's JSON form: equal configs have equal hashes, on every machine."""
-    canonical = json.dumps(json.loads(to_json(config)), sort_keys=True, separators=(",", ":"))
+    return json_hash(json.loads(to_json(config)), length)
+
+
+def json_hash(data: Any, length: int = 8) -> str:
+    """The `config_hash` of a config whose JSON form was read from a file: its classes are not needed for that."""
+    canonical = json.dumps(data, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:length]
 
 
@@ -175,6 +187,18 @@ def _fields(cls: type) -> dict[str, Any]:
     """Name -> resolved type hint of every field that the constructor takes, in order."""
     hints = typing.get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
+
+
+def field_types(cls: type) -> dict[str, Any]:
+    """Name -> type of every field that a config class's constructor takes, in order."""
+    return dict(_fields(cls))
+
+
+def mismatches(value: Any, hint: Any, path: str = "") -> list[str]:
+    """Where a value does not match a type, as lines that begin with the place; empty where it does."""
+    problems: list[str] = []
+    _encode(value, hint, path, problems)
+    return problems
 
 
 def _arms(hint: Any) -> tuple[Any, ...]:

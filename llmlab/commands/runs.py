@@ -31,7 +31,7 @@ class Row:
     name: str
     """Directory, relative to the one that is listed."""
     status: str
-    """running, finished, interrupted, preempted, failed, or damaged."""
+    """running, finished, interrupted, preempted, pruned, failed, or damaged."""
     step: int | None = None
     steps: int | None = None
     """Of the whole experiment."""
@@ -63,6 +63,7 @@ _STYLES = {
     "finished": "green",
     "interrupted": "yellow",
     "preempted": "yellow",
+    "pruned": "magenta",
     "failed": "red",
     "damaged": "bold red",
 }

@@ -1,1 +1,1 @@
-"""Studies: sweeps, ablations and scaling laws, with statistics that a reviewer would accept."""
+"""Sweeps, ablations and scaling laws: many runs of one experiment, and what can be said from them."""

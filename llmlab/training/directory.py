@@ -28,6 +28,10 @@ from pathlib import Path
 from typing import Any
 
 
+class Held(ValueError):
+    """Another live process trains in a run directory."""
+
+
 class RunDirectory:
     """Paths of a run, and the lock on it."""
 
@@ -48,7 +52,8 @@ class RunDirectory:
         """Makes the directory and keeps other processes out until the end, however this process ends.
 
         Raises:
-            ValueError: another live process trains here, or the directory holds something that is not a run.
+            Held: another live process trains here.
+            ValueError: the directory holds something that is not a run.
         """
         self._check_ours()
         self.path.mkdir(parents=True, exist_ok=True)
@@ -56,7 +61,7 @@ class RunDirectory:
             if not _try_lock(file.fileno()):
                 file.seek(0)
                 holder = file.read().strip() or "another process"
-                raise ValueError(
+                raise Held(
                     f"{self.path} is held by {holder}, which is training in it; wait for it, stop it, or choose "
                     "another directory with --out"
                 )

@@ -44,6 +44,14 @@ class Interrupted(KeyboardInterrupt):
         return _EXIT_CODES.get(self.signal, 1)
 
 
+class Pruned(Exception):
+    """Raised by a report in an evaluation: whoever runs many trainings wants no more of this one."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        super().__init__(f"pruned after {step} steps")
+
+
 class NonFiniteError(ArithmeticError):
     """The loss or the gradient is not a number any more: going on would only write NaN over good parameters."""
 

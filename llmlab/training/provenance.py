@@ -36,13 +36,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llmlab.training.directory import write_json
-from llmlab.training.faults import Interrupted, NonFiniteError
+from llmlab.training.faults import Interrupted, NonFiniteError, Pruned
 
 FILE_NAME = "provenance.json"
 MAX_DIFF_BYTES = 256 * 1024
 MAX_UNTRACKED = 200
 
-Status = Literal["running", "finished", "interrupted", "preempted", "failed"]
+Status = Literal["running", "finished", "interrupted", "preempted", "pruned", "failed"]
 
 _PACKAGES = (
     *("llmlab", "jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin", "flax", "optax", "numpy"),
@@ -178,6 +178,9 @@ class Account:
             raise
         except NonFiniteError as error:
             self.finish("failed", error.step)
+            raise
+        except Pruned as error:
+            self.finish("pruned", error.step)
             raise
         except BaseException:
             self.finish("failed", None)

@@ -43,6 +43,10 @@ if TYPE_CHECKING:
     from llmlab.experiment import Experiment
 
 
+# Beyond it a perplexity is no finite number: a learning rate that is too high ends with any loss.
+_MAX_EXPONENT = 700.0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Session:
     """What a session works with.
@@ -239,7 +243,7 @@ class Session:
             "baselines": counted,
             "num_parameters": program.num_parameters,
         }
-        if self.experiment.objective.perplexity:
+        if self.experiment.objective.perplexity and loss < _MAX_EXPONENT:
             summary["validation/perplexity"] = math.exp(loss)
         if dataset.bytes_per_token is not None:
             summary["validation/bits_per_byte"] = loss / (dataset.bytes_per_token * math.log(2))
