@@ -302,4 +302,6 @@ def test_single_seed_has_no_interval_and_no_p(tmp_path: Path) -> None:
     page = parse((tmp_path / "report.html").read_text(encoding="utf-8"))
     row = table(page.by_id("comparisons").all("table")[0])["rmsnorm"]
     assert (row["95% interval"].text, row["p"].text) == ("—", "—")
-    assert "in its one seed" in page.one("header", class_="top").text
+    said = page.one("header", class_="top").text
+    assert "in its one seed" in said
+    assert "; one seed cannot." in said
