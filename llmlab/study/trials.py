@@ -15,7 +15,7 @@ import traceback
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmlab import runs
 from llmlab.config import config_hash, json_hash
@@ -25,6 +25,9 @@ from llmlab.training.faults import NonFiniteError, Pruned
 from llmlab.training.metrics import FILE_NAME as METRICS
 from llmlab.training.metrics import read_metrics
 from llmlab.training.report import Report
+
+if TYPE_CHECKING:
+    from llmlab.training.program import Programs
 
 FAILURE = "failure.json"
 """In a run directory: why this experiment cannot be finished."""
@@ -201,6 +204,7 @@ def run_trial(
     name: str,
     report: Report | None = None,
     experiment_file: Path | None = None,
+    programs: "Programs | None" = None,
 ) -> Trial:
     """Trains an experiment in its trial's directory, or goes on at its last checkpoint, in this process.
 
@@ -212,6 +216,7 @@ def run_trial(
         name: of the experiment, for the provenance.
         report: told about everything that happens.
         experiment_file: the Python file, for the provenance.
+        programs: compiled by earlier trials of this process; this one adds its own.
 
     Returns:
         The trial: finished, failed, diverged, corrupt, or pruned by its report.
@@ -226,7 +231,9 @@ def run_trial(
             return trial
         if trial.status is not Status.RUNNING:
             try:
-                runs.train(experiment, directory, name=name, report=report, experiment_file=experiment_file)
+                runs.train(
+                    experiment, directory, name=name, report=report, experiment_file=experiment_file, programs=programs
+                )
                 (directory / FAILURE).unlink(missing_ok=True)
                 return read_trial(directory, experiment)
             except Held:

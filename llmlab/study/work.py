@@ -8,7 +8,7 @@ happens in this process; otherwise in local processes of their own (`llmlab.stud
 terminal, or on another machine that reaches the storage and sees the same directories, joins in.
 
 A worker trains one experiment after another in one process: starting Python and importing jax is paid once, not once a
-trial.
+trial, and what was compiled for one trial serves all that differ from it in learning rate, weight decay or seed.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from llmlab.config import config_hash, defining_file, from_json, load_experiment_file, to_json
 from llmlab.experiment import Experiment
@@ -28,6 +28,9 @@ from llmlab.study.trials import Status, Trial, directory_of, read_trial, run_tri
 from llmlab.training.directory import write_text
 from llmlab.training.faults import Interrupted, Interruption
 from llmlab.training.metrics import FILE_NAME as METRICS
+
+if TYPE_CHECKING:
+    from llmlab.training.program import Programs
 
 DEFAULT_ROOT = Path("runs/trials")
 """Where the run directories of all studies are."""
@@ -145,6 +148,9 @@ class FixedWork:
         self.queue = queue
         self._load = load
         self._pruner = pruner
+        from llmlab.training.program import Programs
+
+        self._programs = Programs()
 
     def take(self) -> Claim | None:
         return self.queue.take()
@@ -153,10 +159,12 @@ class FixedWork:
         return self.queue.settled()
 
     def run(self, claim: Claim) -> None:
-        train(self.place, self.queue, claim, self._load(claim.hash), pruner=self._pruner)
+        train(self.place, self.queue, claim, self._load(claim.hash), pruner=self._pruner, programs=self._programs)
 
 
-def train(place: Place, queue: Queue, claim: Claim, experiment: Experiment, *, pruner: str) -> None:
+def train(
+    place: Place, queue: Queue, claim: Claim, experiment: Experiment, *, pruner: str, programs: "Programs"
+) -> None:
     """Trains a claimed experiment and records the outcome. Raises Interrupted."""
     report = None
     if pruner != "none":
@@ -164,7 +172,9 @@ def train(place: Place, queue: Queue, claim: Claim, experiment: Experiment, *, p
 
         report = pruning_report(queue.store, claim, experiment, pruner=pruner, metric=place.metric)
     with queue.alive(claim):
-        trial = run_trial(experiment, place.root, name=claim.name, report=report, experiment_file=place.file)
+        trial = run_trial(
+            experiment, place.root, name=claim.name, report=report, experiment_file=place.file, programs=programs
+        )
         queue.finish(claim, trial)
 
 
