@@ -12,6 +12,7 @@ import json
 import math
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -244,6 +245,44 @@ def run_trial(
                 _record_failure(directory, error)
                 return read_trial(directory, experiment)
         time.sleep(_POLL_SECONDS)
+
+
+def run_trials_together(
+    experiments: Sequence[Experiment],
+    root: Path,
+    *,
+    name: str,
+    experiment_file: Path | None = None,
+    programs: "Programs | None" = None,
+) -> list[Trial]:
+    """As `run_trial` for experiments that differ in their seed alone, as one program (`llmlab.training.seeds`). Those
+    that another process trains, or the only one that is left, are run as ever."""
+    from llmlab.study.vectorized import train_seeds
+
+    directories = [directory_of(root, experiment) for experiment in experiments]
+    waiting = [
+        (experiment, directory)
+        for experiment, directory in zip(experiments, directories, strict=True)
+        if read_trial(directory, experiment).status in (Status.ABSENT, Status.UNFINISHED)
+    ]
+    if len(waiting) > 1:
+        settings: dict[str, Any] = {"name": name, "experiment_file": experiment_file, "programs": programs}
+        try:
+            ended = train_seeds(*zip(*waiting, strict=True), **settings)
+            for (_, directory), outcome in zip(waiting, ended, strict=True):
+                if isinstance(outcome, NonFiniteError):
+                    _record_failure(directory, outcome)
+                else:
+                    (directory / FAILURE).unlink(missing_ok=True)
+        except Held:
+            pass  # by somebody who will finish it: it is waited for below
+        except Exception as error:
+            for _, directory in waiting:
+                _record_failure(directory, error)
+    return [
+        run_trial(experiment, root, name=name, experiment_file=experiment_file, programs=programs)
+        for experiment in experiments
+    ]
 
 
 def _record_failure(directory: Path, error: Exception) -> None:
