@@ -114,7 +114,7 @@ def test_a_grid_is_planned_run_and_found_again(make: Callable[[str], Path], caps
         assert Path(trial["directory"]).name == trial["hash"]
     assert found["best"]["point"] == {"optimizer.peak_lr": 0.01, "model.pattern.0.norm": "RMSNorm()"}
     assert found["best"]["command"] == "llmlab train file.py"  # the file's own values
-    assert found["unit"] == "token"
+    assert found["unit"] == "nats per token"
     assert found["importance"] is None  # six trials
 
     assert main(["sweep", "file.py", "--dry-run", "--json"]) == 0
