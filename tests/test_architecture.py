@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "study": {"training", "evals", "config", "flags", "experiment", "runs", "objectives", "display"},
     "plan": {"training", "sharding"},
     "display": {"training", "plan"},
-    "interpret": {"models", "infer", "training"},
+    "interpret": {"nn", "models", "infer", "training"},  # nn: what is looked into are its layers
     "privacy": {"models", "infer", "training"},
     "retrieval": {"models", "infer", "training"},
     "export": {"models", "infer", "training"},

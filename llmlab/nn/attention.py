@@ -26,6 +26,8 @@ from llmlab.nn.dense import Dense
 from llmlab.nn.dropout import check_rate
 from llmlab.nn.kernels import Kernel, attention
 from llmlab.nn.kernels.bias import Bias
+from llmlab.nn.kernels.reference import attention_weights
+from llmlab.nn.kernels.scoring import Scoring
 from llmlab.nn.masks import Full, Mask, SlidingWindow
 from llmlab.nn.positions import BiasPosition, QueryKeyPosition
 from llmlab.sharding import shard
@@ -64,6 +66,9 @@ class Attention(Mixer):
     """How many positions a query sees on each allowed side, itself included; None for all."""
     scale: float | None = None
     """Factor on q k^T; None for 1/sqrt(head_dim)."""
+    query_gain: float | None = None
+    """Factor on the initial size of the query projection; None for min(1, 1/(scale sqrt(head_dim))), which makes the
+    first logits no larger under another scale (T5's 1). 1 leaves a scale its effect."""
     dropout: float = 0.0
     """Dropout on the attention weights."""
     kernel: Kernel = "auto"
@@ -76,6 +81,8 @@ class Attention(Mixer):
             raise ValueError(f"num_heads={self.num_heads} is not divisible by num_kv_heads={kv}; use one of {divisors}")
         if self.window is not None and self.window < 1:
             raise ValueError(f"window={self.window} is not positive; 1 sees oneself only, None sees everything")
+        if self.query_gain is not None and not 0 < self.query_gain < math.inf:
+            raise ValueError(f"query_gain={self.query_gain} is not positive; 1 is plain, None follows the scale")
         check_rate("dropout", self.dropout)
 
     def resolved_head_dim(self, dim: int) -> int:
@@ -130,7 +137,8 @@ class AttentionLayer(nnx.Module):
         self.config = config
         self.scale = 1 / math.sqrt(head_dim) if config.scale is None else config.scale
         # A scale above 1/sqrt(H) (T5: 1) wants smaller queries at the start, for logits of the same size.
-        gain = min(1.0, 1 / (self.scale * math.sqrt(head_dim)))
+        same_size = min(1.0, 1 / (self.scale * math.sqrt(head_dim)))
+        gain = same_size if config.query_gain is None else config.query_gain
         self.query = Dense(embed, heads, bias=config.bias, rngs=rngs, gain=gain)
         self.key = Dense(source, kv_heads, bias=config.bias, rngs=rngs)
         self.value = Dense(source, kv_heads, bias=config.bias, rngs=rngs)
@@ -148,19 +156,38 @@ class AttentionLayer(nnx.Module):
         key: jax.Array | None = None,
         cache: Cache | None = None,
     ) -> tuple[Float[Array, "B S D"], Cache | None]:
-        q_BSNH, k_BTKH, v_BTKH = self.project(x_BSD, x_BSD)
-        if self.rotation is not None:
-            q_BSNH = self.rotation(q_BSNH, context.position_ids)
-            k_BTKH = self.rotation(k_BTKH, context.position_ids)
+        q_BSNH, k_BTKH, v_BTKH = self.placed(x_BSD, context)
         query_index = None
         if cache is not None:
             cache, k_BTKH, v_BTKH = cache.update(k_BTKH, v_BTKH, context.position_ids)
             query_index = context.position_ids  # slot t of the cache is position t
+        mask, bias = self.restrictions(context)
+        return self.attend(q_BSNH, k_BTKH, v_BTKH, mask, key, query_index, bias), cache
+
+    def weights(self, x_BSD: Float[Array, "B S D"], context: Context) -> Float[Array, "B N S T"]:
+        """How much every query of every head takes of each key, float32: rows sum to one (zero where all is masked).
+        To be looked at, by the reference kernel: O(S T) memory per head."""
+        q_BSNH, k_BTKH, _ = self.placed(x_BSD, context)
+        mask, bias = self.restrictions(context)
+        scoring = Scoring(mask=mask, bias=bias, scale=self.scale, softcap=self.config.softcap)
+        return attention_weights(q_BSNH, k_BTKH, scoring)
+
+    def placed(
+        self, x_BSD: Float[Array, "B S D"], context: Context
+    ) -> tuple[Float[Array, "B S N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+        """Queries, keys and values of x, turned to their positions where those are rotations."""
+        q_BSNH, k_BTKH, v_BTKH = self.project(x_BSD, x_BSD)
+        if self.rotation is not None:
+            q_BSNH = self.rotation(q_BSNH, context.position_ids)
+            k_BTKH = self.rotation(k_BTKH, context.position_ids)
+        return q_BSNH, k_BTKH, v_BTKH
+
+    def restrictions(self, context: Context) -> tuple[Mask, Bias | None]:
+        """Which keys a query may see, and what is added to the logits."""
         mask = context.mask
         if self.config.window is not None:
             mask = mask & SlidingWindow(left=self.config.window - 1, right=self.config.window - 1)
-        bias = context.bias if self.relative is None else self.relative.bias()
-        return self.attend(q_BSNH, k_BTKH, v_BTKH, mask, key, query_index, bias), cache
+        return mask, context.bias if self.relative is None else self.relative.bias()
 
     def project(
         self, x_BSD: Float[Array, "B S D"], source_BTM: Float[Array, "B T M"]

@@ -6,6 +6,8 @@
     Parallel     x + Mixer(norm(x)) + FFN(norm(x))  Wang and Komatsuzaki 2021 (GPT-J): both branches side by side
     ReZero       x + a F(x), a = 0 at first         Bachlechner et al. 2020 (2003.04887): identity at the start
     LayerScale   x + g * F(norm(x)), g small        Touvron et al. 2021 (2103.17239): a gain per channel
+    NoResidual   F(norm(x))                         a plain deep network, for the comparison (He et al. 2015,
+                                                    1512.03385): gradients must pass through every part
 
 The residual stream of the pre-norm kinds is never normalised, so the model ends with a final norm; post-norm needs
 none. Costs are those of mixer and feed-forward; a norm more or less is memory traffic. Parallel lets the input
@@ -83,8 +85,20 @@ class Parallel(Wiring):
         return ParallelLayer(block, dim, rngs=rngs, depth=depth, shared_norm=self.shared_norm)
 
 
+@dataclass(frozen=True, kw_only=True)
+class NoResidual(Wiring):
+    """F(norm(x)): nothing is added, each part sees what the one before it made and nothing else.
+
+    There is no stream whose variance grows with depth, so the parts' last matrices do not start smaller by it: they
+    start as in a stack of one layer.
+    """
+
+    def build(self, block: Block, dim: int, *, rngs: nnx.Rngs, depth: int = 1) -> "SerialLayer":
+        return SerialLayer(block, dim, rngs=rngs, depth=1, norm_input=True, residual=False)
+
+
 class Branch(nnx.Module):
-    """What surrounds one part of a serial block: norms before, after and on the sum, and a gain."""
+    """What surrounds one part of a serial block: norms before, after and on the sum, a gain, and the addition."""
 
     def __init__(
         self,
@@ -96,11 +110,13 @@ class Branch(nnx.Module):
         norm_output: bool,
         norm_sum: bool,
         gain: Float[Array, "..."] | None,
+        residual: bool,
     ) -> None:
         def norm(wanted: bool) -> nnx.Module | None:
             return block.norm.build(dim, rngs=rngs) if wanted and block.norm is not None else None
 
         self.dropout = block.dropout
+        self.residual = residual
         self.norm_input = norm(norm_input)
         self.norm_output = norm(norm_output)
         self.norm_sum = norm(norm_sum)
@@ -110,19 +126,25 @@ class Branch(nnx.Module):
         self, part: Callable[[jax.Array], tuple[jax.Array, T]], x_BSD: Float[Array, "B S D"], key: jax.Array | None
     ) -> tuple[Float[Array, "B S D"], T]:
         """The stream after the part, and what else the part returned."""
-        h_BSD = x_BSD if self.norm_input is None else self.norm_input(x_BSD)
+        h_BSD = self.normed(x_BSD)
         y_BSD, other = part(shard(h_BSD, "batch", "sequence", "embed"))
         y_BSD = shard(y_BSD, "batch", "residual", "embed")
         if self.norm_output is not None:
             y_BSD = self.norm_output(y_BSD)
         if self.scale is not None:
             y_BSD = y_BSD * self.scale[...]
-        z_BSD = x_BSD + dropout(y_BSD, self.dropout, key)
+        y_BSD = dropout(y_BSD, self.dropout, key)
+        z_BSD = x_BSD + y_BSD if self.residual else y_BSD
         return (z_BSD if self.norm_sum is None else self.norm_sum(z_BSD)), other
+
+    def normed(self, x_BSD: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        """What the part is given."""
+        return x_BSD if self.norm_input is None else self.norm_input(x_BSD)
 
 
 class SerialLayer(nnx.Module):
-    """Mixer, cross-attention if there is one, feed-forward: one after the other, each a residual branch."""
+    """Mixer, cross-attention if there is one, feed-forward: one after the other, each a residual branch (or, with
+    NoResidual, a link of a chain)."""
 
     def __init__(
         self,
@@ -135,10 +157,18 @@ class SerialLayer(nnx.Module):
         norm_output: bool = False,
         norm_sum: bool = False,
         gain: Float[Array, "..."] | None = None,
+        residual: bool = True,
     ) -> None:
         def branch() -> Branch:
             return Branch(
-                block, dim, rngs=rngs, norm_input=norm_input, norm_output=norm_output, norm_sum=norm_sum, gain=gain
+                block,
+                dim,
+                rngs=rngs,
+                norm_input=norm_input,
+                norm_output=norm_output,
+                norm_sum=norm_sum,
+                gain=gain,
+                residual=residual,
             )
 
         self.mixer = block.mixer.build(dim, rngs=rngs, depth=depth)

@@ -53,6 +53,7 @@ from llmlab.study.changes import (
     unchanged,
     with_values,
 )
+from llmlab.study.measures import PREFIX, Measure, source_hash
 from llmlab.study.paired import Claim
 from llmlab.study.verdict import Direction
 
@@ -121,9 +122,11 @@ class Ablation:
     leave_one_out: Mapping[str, Change | Variant] = dataclasses.field(default_factory=dict)
     """Part -> change that takes it away from the full recipe, which the baseline is."""
     metric: str = "validation/loss"
-    """Key of summary.json, or of the last record of metrics.jsonl that has it."""
+    """Key of summary.json, or of the last record of metrics.jsonl that has it; or "measure/<name>"."""
     direction: Direction = "lower"
     """Which way the metric is better."""
+    measure: Measure | None = None
+    """What else to measure of every finished run (llmlab.study.measures): its values are metrics "measure/<name>"."""
     claim: Claim = "no worse"
     """About each variant against the baseline."""
     margin: float = 0.0
@@ -156,6 +159,13 @@ class Ablation:
         if len(shapes) != 1:
             given = " and ".join(shapes) or "none"
             problems.append(f"exactly one of variants, factors and leave_one_out makes the arms; {given} was given")
+        if self.measure is None and self.metric.startswith(PREFIX):
+            problems.append(f"metric={self.metric!r} is measured of a run: give the function, measure=...")
+        if self.measure is not None:
+            try:
+                source_hash(self.measure)
+            except ValueError as error:
+                problems.append(str(error))
         if self.claim == "equal" and self.margin == 0:
             problems.append('claim="equal" needs a margin: no number of seeds shows a difference of exactly 0')
         if problems:

@@ -23,6 +23,7 @@ from jaxtyping import Float
 from llmlab.study import matching, sources, statistics
 from llmlab.study.ablation import BASELINE, Ablation, Arm, unchanged
 from llmlab.study.changes import shown
+from llmlab.study.measures import PREFIX
 from llmlab.study.outcomes import Outcome, Table, Tuned, guessing_loss
 from llmlab.study.paired import Claim
 from llmlab.study.record import KIND, SCHEMA
@@ -90,7 +91,7 @@ def results(
         "factorial": _factorial(ablation, arms, table),
         "diverged_value": _imputed(table),
         "problems": problems,
-        "remarks": _remarks(table, tuned, outcomes),
+        "remarks": _remarks(ablation, table, tuned, outcomes),
         "provenance": sources.provenance(outcomes),
     }
     return _strict(content)
@@ -159,10 +160,23 @@ def _arm(
         "values": [table.value(arm.name, seed) if seed in table.paired else None for seed in table.seeds],
         "mean": float(values.mean()) if values.size else None,
         "std": float(values.std(ddof=1)) if values.size > 1 else None,
+        "measures": _measures(outcomes),
         "diverged": [outcome.job.seed for outcome in outcomes if outcome.diverged],
         "runs": [_run(outcome) for outcome in outcomes],
         "curve": _curve(outcomes, ablation),
     }
+
+
+def _measures(outcomes: Sequence[Outcome]) -> dict[str, dict[str, Any]]:
+    """What the study's function measured, by name: the values of all seeds, null where there is none."""
+    names = dict.fromkeys(name for outcome in outcomes for name in outcome.trial.summary if name.startswith(PREFIX))
+    found = {}
+    for name in names:
+        each = [outcome.trial.summary.get(name) for outcome in outcomes]
+        known = np.array([value for value in each if value is not None], np.float64)
+        std = float(known.std(ddof=1)) if known.size > 1 else None
+        found[name.removeprefix(PREFIX)] = {"values": each, "mean": float(known.mean()), "std": std}
+    return found
 
 
 def _run(outcome: Outcome) -> dict[str, Any]:
@@ -337,7 +351,7 @@ def _imputed(table: Table) -> dict[str, Any] | None:
     return {"value": value, "source": source}
 
 
-def _remarks(table: Table, tuned: Mapping[str, Tuned], outcomes: Sequence[Outcome]) -> list[str]:
+def _remarks(ablation: Ablation, table: Table, tuned: Mapping[str, Tuned], outcomes: Sequence[Outcome]) -> list[str]:
     """What a reader should know before believing the numbers."""
     found = []
     if table.any_diverged and table.imputed is not None:
@@ -349,6 +363,10 @@ def _remarks(table: Table, tuned: Mapping[str, Tuned], outcomes: Sequence[Outcom
         for arm, t in tuned.items()
         if t.at_edge
     ]
+    if ablation.measure is not None and not ablation.metric.startswith(PREFIX):
+        # Where the metric is measured these are problems, and their seeds are left out.
+        failed = [o for o in outcomes if o.trial.status is Status.FINISHED and o.trial.problem is not None]
+        found += [f"{outcome.job.label}: {outcome.trial.problem}" for outcome in failed]
     there = [(outcome.job.label, outcome.job.experiment, outcome.trial.directory) for outcome in outcomes]
     return [*found, *sources.disagreements(outcomes), *sources.outdated(there)]
 

@@ -17,6 +17,7 @@ from typing import Any
 from llmlab.experiment import Experiment
 from llmlab.study import analysis, matching, work
 from llmlab.study.ablation import Ablation, Arm
+from llmlab.study.measures import PREFIX, measured
 from llmlab.study.outcomes import Job, Table, Tuned, comparison_jobs, outcome, table, tuned, tuning_jobs
 from llmlab.study.record import Record, open_record
 from llmlab.study.trials import Status, Trial, directory_of, forgive, read_trial
@@ -120,15 +121,25 @@ class Conduct:
             seeds = (*seeds, len(seeds))
 
     def _trials(self, ablation: Ablation, jobs: Sequence[Job]) -> dict[str, Trial]:
-        """The trials of these jobs, run where they are not there yet. All training of a study goes through here."""
+        """The trials of these jobs, run where they are not there yet, and measured. All training of a study goes
+        through here."""
         experiments = {job.label: job.experiment for job in jobs}
         if self.retry_failed:
             for experiment in experiments.values():
                 trial = read_trial(directory_of(self.root, experiment), experiment)
                 if trial.status in (Status.FAILED, Status.CORRUPT) and forgive(trial):
                     self.tell(f"{trial.directory} is run again: {trial.problem}")
+        trials = self._executed(ablation, experiments)
+        if ablation.measure is None:
+            return trials
+        self.tell(f"measuring {ablation.measure.__name__} of {len(trials)} runs")
+        return {label: measured(trial, ablation.measure) for label, trial in trials.items()}
+
+    def _executed(self, ablation: Ablation, experiments: Mapping[str, Experiment]) -> dict[str, Trial]:
         if self.execute is not None:
             return self.execute(experiments)
+        # What is measured of a run is not there yet when the queue notes how it ended.
+        of_training = not ablation.metric.startswith(PREFIX)
         return work.execute(
             experiments,
             folder=self.folder,
@@ -136,8 +147,8 @@ class Conduct:
             workers=self.workers,
             storage=self.storage,
             progress=self.progress,
-            metric=ablation.metric,
-            direction=ablation.direction,
+            metric=ablation.metric if of_training else "validation/loss",
+            direction=ablation.direction if of_training else "lower",
             file=self.file,
             seeds_together=self.vectorize_seeds,
         )

@@ -94,7 +94,7 @@ def outcome(ablation: Ablation, job: Job, trial: Trial) -> Outcome:
     if value is None:
         known = sorted({*trial.summary, *(key for record in trial.metrics for key in record)})
         names = ", ".join(name for name in known if "/" in name)
-        problem = f"the run has no {ablation.metric}; it has {names}"
+        problem = trial.problem or f"the run has no {ablation.metric}; it has {names}"
         return Outcome(job=job, trial=trial, value=None, problem=problem)
     if not math.isfinite(value):
         return Outcome(job=job, trial=trial, value=None, diverged=True)

@@ -22,8 +22,9 @@ from llmlab.experiment import Experiment
 from llmlab.study import matching, sources
 from llmlab.study.ablation import Ablation, Arm
 from llmlab.study.changes import Difference, json_difference
+from llmlab.study.measures import measured
 from llmlab.study.outcomes import Job, comparison_jobs, outcome, tuned, tuning_jobs
-from llmlab.study.trials import Status, directory_of, read_trial
+from llmlab.study.trials import Status, Trial, directory_of, read_trial
 from llmlab.training.throughput import peak, readable_flops
 
 GUESSED_UTILISATION = 0.2
@@ -151,10 +152,16 @@ def _planned(
     planned = [run(job) for job in tuning]
     rates: dict[str, float] = {}
     if tuning and not any(one.to_do for one in planned):
-        found = [outcome(ablation, j, read_trial(directory_of(root, j.experiment), j.experiment)) for j in tuning]
+        found = [outcome(ablation, j, _as_measured(ablation, j, root)) for j in tuning]
         rates = {arm.name: tuned(ablation, arm.name, [f for f in found if f.job.arm == arm.name]).best for arm in arms}
     known = not tuning or bool(rates)
     return planned + [run(job, known) for job in comparison_jobs(arms, ablation.first_seeds, rates)]
+
+
+def _as_measured(ablation: Ablation, job: Job, root: Path) -> Trial:
+    """The trial of a job, with what was measured of it before: a plan loads no model."""
+    trial = read_trial(directory_of(root, job.experiment), job.experiment)
+    return trial if ablation.measure is None else measured(trial, ablation.measure, compute=False)
 
 
 def _existing(root: Path) -> list[_Found]:

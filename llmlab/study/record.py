@@ -22,6 +22,7 @@ from typing import Any, Literal
 from llmlab.config import to_json
 from llmlab.study.ablation import Ablation, Arm
 from llmlab.study.changes import json_difference
+from llmlab.study.measures import PREFIX, source_hash
 from llmlab.training.directory import write_json
 
 FILE_NAME = "study.json"
@@ -77,6 +78,7 @@ def definition(ablation: Ablation, arms: Sequence[Arm]) -> dict[str, Any]:
         seeds = {"count": ablation.seeds}
     return {
         **{name: getattr(ablation, name) for name in _PLAIN},
+        "measure": _measure(ablation),
         "seeds": seeds,
         "learning_rates": list(ablation.learning_rates),
         "tuning_seeds": ablation.tuning_seeds,
@@ -86,6 +88,12 @@ def definition(ablation: Ablation, arms: Sequence[Arm]) -> dict[str, Any]:
             for arm in arms
         },
     }
+
+
+def _measure(ablation: Ablation) -> str | None:
+    """The hash of the function that gives the metric. One whose values are merely shown decides nothing."""
+    decides = ablation.measure is not None and ablation.metric.startswith(PREFIX)
+    return source_hash(ablation.measure) if decides else None
 
 
 def open_record(

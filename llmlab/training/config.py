@@ -17,7 +17,10 @@ class Train:
     accumulation: int = 1
     """Parts that the batch is computed in, one after the other: less memory, the same gradient."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Type of the arithmetic. Parameters, norms, softmax and loss stay float32; float16 scales the loss."""
+    """Type of the arithmetic. Parameters, norms, softmax and loss stay float32."""
+    loss_scaling: Literal["dynamic", "none"] = "dynamic"
+    """How float16 keeps small gradients: the loss multiplied by as much as is possible, or not at all, to see what
+    that costs. Nothing to the other types."""
     offload_optimizer: bool = False
     """Keep the optimizer's state in the host's memory between updates, where the devices reach it (TPU, GPU)."""
     evaluate_every: int = 200
@@ -32,6 +35,8 @@ class Train:
     """Checkpoints with the lowest validation loss to keep besides; every checkpoint is then evaluated. 0 for none."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
+    log_gradients: Literal["global", "layers"] = "global"
+    """Whether metrics have the norm of the whole gradient only, or that of every layer's too."""
     seed: int = 0
     """Seed of the initial weights, the data order and dropout."""
 

@@ -81,7 +81,11 @@ class Program:
         nothing."""
         graphdef, shapes, axes = model.abstract()
         transformation = optimizer.build(axes, train.steps)
-        kind: dict[str, Any] = {"precision": train.precision, "ema": optimizer.ema is not None}
+        kind: dict[str, Any] = {
+            "precision": train.precision,
+            "loss_scaling": train.loss_scaling,
+            "ema": optimizer.ema is not None,
+        }
         unplaced = jax.eval_shape(lambda params: new_state(params, transformation, **kind), shapes)
         layout = Layout.of(unplaced, axes, placement, offload_optimizer=train.offload_optimizer)
 
@@ -99,7 +103,14 @@ class Program:
             "layout": layout,
             "where": where,
         }
-        step = train_step(graphdef, objective, optimizer_of, ema_decay=optimizer.ema, **settings)
+        step = train_step(
+            graphdef,
+            objective,
+            optimizer_of,
+            ema_decay=optimizer.ema,
+            gradients_by_layer=train.log_gradients == "layers",
+            **settings,
+        )
         return cls(
             model=model,
             graphdef=graphdef,
@@ -250,7 +261,14 @@ def _what_is_compiled(
     """Everything that a program depends on but the scalars."""
     shapes = {name: (tuple(array.shape), np.dtype(array.dtype)) for name, array in batch.items()}
     rule = optimizer.with_scalars(dict.fromkeys(optimizer.scalars(), 1.0))
-    settings = (train.steps, train.accumulation, train.precision, train.offload_optimizer)
+    settings = (
+        train.steps,
+        train.accumulation,
+        train.precision,
+        train.loss_scaling,
+        train.log_gradients,
+        train.offload_optimizer,
+    )
     return model, objective, rule, placement, settings, shapes
 
 

@@ -71,7 +71,12 @@ class TrainState:
 
 
 def new_state(
-    params: Params, optimizer: optax.GradientTransformation, *, precision: str = "float32", ema: bool = False
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    *,
+    precision: str = "float32",
+    loss_scaling: str = "dynamic",
+    ema: bool = False,
 ) -> TrainState:
     """The state before the first step."""
     return TrainState(
@@ -80,7 +85,7 @@ def new_state(
         # Copies: two names for one buffer (the same zero, the parameters) cannot both be donated to a step.
         optimizer_state=jax.tree.map(jnp.copy, optimizer.init(params)),
         ema=jax.tree.map(jnp.copy, params) if ema else None,
-        loss_scale=LossScale.initial() if precision == "float16" else None,
+        loss_scale=LossScale.initial() if precision == "float16" and loss_scaling == "dynamic" else None,
     )
 
 
@@ -89,6 +94,7 @@ def make_initialise(
     optimizer: optax.GradientTransformation,
     *,
     precision: str = "float32",
+    loss_scaling: str = "dynamic",
     ema: bool = False,
     layout: TrainState | None = None,
 ) -> Callable[[jax.Array], TrainState]:
@@ -98,13 +104,14 @@ def make_initialise(
     Args:
         init_params: key to freshly drawn parameters.
         optimizer: its state is initialised too.
-        precision: "float16" adds loss scaling.
+        precision: "float16" adds loss scaling,
+        loss_scaling: unless this is "none".
         ema: whether to keep an average of the parameters.
         layout: shardings of every array, from `Layout.of`; None for the default device.
     """
 
     def init(key: jax.Array) -> TrainState:
-        return new_state(init_params(key), optimizer, precision=precision, ema=ema)
+        return new_state(init_params(key), optimizer, precision=precision, loss_scaling=loss_scaling, ema=ema)
 
     # The key is an argument: of a constant the compiler would try to draw the weights itself.
     return jax.jit(init, out_shardings=layout)

@@ -29,6 +29,7 @@ from llmlab.objectives import Batch, LossParts, Objective
 from llmlab.optim import Optimizer
 from llmlab.optim import transformation as optim
 from llmlab.sharding import Placement, activate
+from llmlab.training.gradients import norms_by_layer
 from llmlab.training.pipelined import Pipelined
 from llmlab.training.precision import Precision, cast
 from llmlab.training.state import Layout, TrainState
@@ -89,6 +90,7 @@ def train_step(
     accumulation: int = 1,
     precision: Precision = "float32",
     ema_decay: float | None = None,
+    gradients_by_layer: bool = False,
     placement: Placement | None = None,
     layout: Layout | None = None,
     where: BatchShardings | None = None,
@@ -102,6 +104,7 @@ def train_step(
         accumulation: parts of the batch, which it must divide.
         precision: of the arithmetic.
         ema_decay: of the average of the parameters, which the state must then have; None keeps none.
+        gradients_by_layer: whether the metrics have the norms of `llmlab.training.gradients` too.
         placement: devices and rules, together with `layout` and `where`; None for the default device.
         layout: where the state is, from `Layout.of`.
         where: where the batch is, from `batch_shardings`.
@@ -148,10 +151,11 @@ def train_step(
         if layout is not None and layout.optimizer is not None:
             optimizer_state = jax.device_put(optimizer_state, layout.optimizer)
             state = dataclasses.replace(state, optimizer_state=optimizer_state)
+        by_layer = norms_by_layer(gradient) if gradients_by_layer else {}
         gradient, old = _placed(gradient, update), _placed(state.params, update)
         updates, optimizer_state = optimizer(scalars.optimizer).update(gradient, optimizer_state, old)
         params: Any = _placed(optax.apply_updates(old, updates), update)
-        metrics = per_count(parts, "train") | optim.metrics(optimizer_state)
+        metrics = per_count(parts, "train") | optim.metrics(optimizer_state) | by_layer
         loss_scale = state.loss_scale
         if loss_scale is not None:
             finite = jnp.isfinite(metrics["gradient_norm"])

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from llmlab.nn.attention import Attention
 from llmlab.nn.dense import Dense, contract
 from llmlab.nn.dropout import dropout
 from llmlab.nn.embedding import Embedding, SegmentEmbedding
@@ -182,3 +183,17 @@ def test_dropout_keeps_the_mean_and_zeroes_the_stated_fraction():
 def test_dropout_without_a_key_is_the_identity():
     x = jnp.ones(3)
     assert dropout(x, 0.5, None) is x
+
+
+@pytest.mark.parametrize(("query_gain", "expected"), [(None, 1 / 4), (1.0, 1.0)])
+def test_queries_start_smaller_under_a_larger_scale_unless_told_not_to(query_gain, expected):
+    plain = Attention(num_heads=2, head_dim=16).build(8, rngs=rngs())
+    config = Attention(num_heads=2, head_dim=16, scale=1.0, query_gain=query_gain)
+    layer = config.build(8, rngs=rngs())
+    assert_close(layer.query.kernel[...], expected * plain.query.kernel[...])
+    np.testing.assert_array_equal(layer.key.kernel[...], plain.key.kernel[...])
+
+
+def test_a_query_gain_that_is_not_positive_is_refused():
+    with pytest.raises(ValueError, match=r"query_gain=0.0 is not positive"):
+        Attention(num_heads=2, query_gain=0.0)

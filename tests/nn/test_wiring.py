@@ -17,7 +17,7 @@ from llmlab.nn.masks import Causal
 from llmlab.nn.module import logical_axes, merge, split
 from llmlab.nn.norms import LayerNorm, RMSNorm
 from llmlab.nn.stack import Execution, Stack
-from llmlab.nn.wiring import LayerScale, Parallel, PostNorm, PreNorm, ReZero, Sandwich
+from llmlab.nn.wiring import LayerScale, NoResidual, Parallel, PostNorm, PreNorm, ReZero, Sandwich
 from tests.drawing import drawn
 
 DIM = 16
@@ -55,6 +55,21 @@ def test_serial_wiring_is_its_equation(wiring):
     mixed = branch(lambda h: layer.mixer(h, context())[0], layer.mixer_branch, x)
     expected = branch(lambda h: layer.ffn(h)[0], layer.ffn_branch, mixed)
     assert_close(layer(x, context())[0], expected)
+
+
+def test_without_residuals_a_layer_is_the_composition_of_its_parts():
+    layer = drawn(lambda: block(NoResidual()).build(DIM, rngs=nnx.Rngs(0)))
+    x = x_of()
+    mixed = layer.mixer(layer.mixer_branch.norm_input(x), context())[0]
+    assert_close(layer(x, context())[0], layer.ffn(layer.ffn_branch.norm_input(mixed))[0])
+
+
+def test_without_residuals_the_last_matrices_start_alike_in_stacks_of_any_depth():
+    one, many = (block(NoResidual()).build(DIM, rngs=nnx.Rngs(0), depth=depth) for depth in (1, 32))
+    for part in ("mixer.output.kernel", "ffn.down.kernel"):
+        first, second = (nnx.to_flat_state(nnx.state(layer)) for layer in (one, many))
+        path = tuple(part.split("."))
+        np.testing.assert_array_equal(dict(first)[path][...], dict(second)[path][...])
 
 
 @pytest.mark.parametrize("shared", [True, False])

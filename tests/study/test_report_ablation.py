@@ -43,6 +43,35 @@ def cases() -> dict[str, dict[str, Any]]:
 CASES = cases()
 
 
+def with_measures() -> dict[str, Any]:
+    """Two numbers of every arm's runs, one of which the last arm lacks; of one seed, no spread is known."""
+    results = synthetic_results.ablation(THREE)
+    for place, arm in enumerate(results["arms"]):
+        arm["measures"] = {HOSTILE: {"values": [0.5 + place, None], "mean": 0.5 + place, "std": None}}
+        arm["measures"]["loss_at_4x"] = {"values": [3.25 + place, 3.75 + place], "mean": 3.5 + place, "std": 0.354}
+    del results["arms"][-1]["measures"]["loss_at_4x"]
+    return results
+
+
+def test_what_was_measured_besides_is_a_table_of_its_own(tmp_path: Path) -> None:
+    results = with_measures()
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    ablation.write(tmp_path)
+    page = parse((tmp_path / "report.html").read_text(encoding="utf-8"))
+    rows = page.by_id("measures").one("tbody").all("tr")
+    assert [row.numbers for row in rows] == [[0.5, 3.5, 0.354], [1.5, 4.5, 0.354], [2.5, 5.5, 0.354], [3.5]]
+    assert HOSTILE in page.by_id("measures").one("thead").text
+    cells = next(
+        found for found in markdown_tables((tmp_path / "report.md").read_text()) if "loss_at_4x" in found[0][-1]
+    )
+    assert cells[1][0] == "baseline"
+    assert numbers_in(cells[1][2]) == [3.5, 0.354]
+
+
+def test_without_measures_there_is_no_section_for_them(page: Node) -> None:
+    assert [node for node in page.walk() if node.attributes.get("id") == "measures"] == []
+
+
 @pytest.fixture(scope="module", params=CASES)
 def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
     """(results, the folder of their report)"""

@@ -27,6 +27,7 @@ from llmlab.training.provenance import read_provenance
 from llmlab.training.report import NullReport
 
 NUMBERS = ("train/loss", "validation/loss", "gradient_norm", "learning_rate", "validation/ema_loss")
+NUMBERS += ("gradient_norm/layer.0", "gradient_norm/layer.1", "gradient_norm/embedding")
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +51,7 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
             evaluate_every=4,
             checkpoint_every=3,
             log_every=1,
+            log_gradients="layers",
         ),
     )
 
@@ -63,6 +65,7 @@ def check_equal(run: runs.Run, other: runs.Run) -> None:
     assert [(record["step"], record["tokens"]) for record in run.metrics] == [
         (record["step"], record["tokens"]) for record in other.metrics
     ]
+    assert {*NUMBERS} <= {name for record in run.metrics for name in record}
     for one, two in zip(run.metrics, other.metrics, strict=True):
         assert {*one} & {*NUMBERS} == {*two} & {*NUMBERS}
         for name in {*one} & {*NUMBERS}:

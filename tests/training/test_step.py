@@ -215,6 +215,33 @@ def test_float16_skips_steps_that_overflow_and_halves_the_scale(
     assert not np.array_equal(state.params["head"], before[0]["head"])
 
 
+def test_float16_without_loss_scaling_loses_the_gradients_that_are_below_its_smallest_number(
+    make_model: Callable[..., Any], make_batch: Callable[..., Batch]
+) -> None:
+    """Tiny's last two factors are made so small that what flows back through both is below 6e-8, but not what flows
+    back times 2^15; each alone is a normal float16, so that nothing but the gradient is rounded."""
+    graphdef, params = split(make_model())
+    params["head"] = params["head"] * 1e-3
+    params["scale"] = params["scale"] * 1e-4
+
+    def moved(precision: str, **kind: str) -> tuple[Any, TrainState]:
+        optimizer = SGD(peak_lr=1e6, clip_norm=None).build(logical_axes(make_model()), 10)
+        state = new_state(jax.tree.map(jnp.copy, params), optimizer, precision=precision, **kind)
+        step = make_train_step(graphdef, NextToken(), optimizer, precision=precision)
+        after, metrics = step(state, make_batch())
+        assert ("loss_scale" in metrics) == (precision == "float16" and kind.get("loss_scaling") != "none")
+        return jax.tree.map(lambda new, old: np.asarray(new - old), after.params, params), after
+
+    full, _ = moved("float32")
+    scaled, state = moved("float16")
+    unscaled, without = moved("float16", loss_scaling="none")
+    assert state.loss_scale is not None
+    assert without.loss_scale is None
+    assert np.abs(full["up"]).max() > 0
+    np.testing.assert_array_equal(unscaled["up"], 0)
+    assert optax.tree.norm(jax.tree.map(jnp.subtract, scaled["up"], full["up"])) < 0.1 * optax.tree.norm(full["up"])
+
+
 def test_loss_scale_doubles_after_enough_good_steps_and_never_falls_below_its_minimum() -> None:
     good, bad = jnp.asarray(True), jnp.asarray(False)
     scale = LossScale.initial()

@@ -19,6 +19,22 @@ def reference(
     scoring: Scoring,
 ) -> Float[Array, "B S N H"]:
     """softmax(logits) v; query head n reads key/value head n // (N / K)."""
+    batch, num_queries, _, _ = q_BSNH.shape
+    _, num_keys, kv_heads, _ = k_BTKH.shape
+    weights = attention_weights(q_BSNH, k_BTKH, scoring)
+    if scoring.dropout > 0.0:
+        kv, own = np.arange(num_keys, dtype=np.int32), np.arange(num_queries, dtype=np.int32)
+        weights = weights * scoring.kept(num_queries, weights.shape, own, kv)
+
+    weights_BKGST = weights.astype(v_BTKH.dtype).reshape(batch, kv_heads, -1, num_queries, num_keys)
+    o_BSKGH = jnp.einsum("BKGST,BTKH->BSKGH", weights_BKGST, v_BTKH, preferred_element_type=jnp.float32)
+    return o_BSKGH.reshape(q_BSNH.shape[:3] + v_BTKH.shape[3:]).astype(q_BSNH.dtype)
+
+
+def attention_weights(
+    q_BSNH: Float[Array, "B S N H"], k_BTKH: Float[Array, "B T K H"], scoring: Scoring
+) -> Float[Array, "B N S T"]:
+    """softmax(logits) in float32, before dropout."""
     batch, num_queries, heads, _ = q_BSNH.shape
     _, num_keys, kv_heads, _ = k_BTKH.shape
     q_BSKGH = q_BSNH.reshape(batch, num_queries, kv_heads, heads // kv_heads, -1)
@@ -32,10 +48,4 @@ def reference(
     logits = jnp.where(allowed, scoring.logits(products_BNST, query, kv), FORBIDDEN)
     weights = jnp.exp(logits - jax.lax.stop_gradient(row_max(logits)))
     total = weights.sum(-1, keepdims=True)
-    weights = weights / jnp.where(total == 0.0, 1.0, total)  # a query that sees no key gets zeros
-    if scoring.dropout > 0.0:
-        weights = weights * scoring.kept(num_queries, weights.shape, own, kv)
-
-    weights_BKGST = weights.astype(v_BTKH.dtype).reshape(batch, kv_heads, -1, num_queries, num_keys)
-    o_BSKGH = jnp.einsum("BKGST,BTKH->BSKGH", weights_BKGST, v_BTKH, preferred_element_type=jnp.float32)
-    return o_BSKGH.reshape(q_BSNH.shape[:3] + v_BTKH.shape[3:]).astype(q_BSNH.dtype)
+    return weights / jnp.where(total == 0.0, 1.0, total)  # a query that sees no key gets zeros

@@ -69,6 +69,28 @@ def matched(results: dict[str, Any]) -> Html:
     )
 
 
+def measures(results: dict[str, Any]) -> Html | None:
+    """What was measured of the runs besides the metric; None where nothing was."""
+    names = words.measures(results)
+    if not names:
+        return None
+    rows = []
+    for arm in results["arms"]:
+        cells: list[Any] = [arm["name"]]
+        for name in names:
+            found = arm.get("measures", {}).get(name)
+            spread = None if found is None else found["std"]
+            cells.append(
+                [general(None if found is None else found["mean"])]
+                + ([element("small", "± ", general(spread))] if spread is not None else [])
+            )
+        rows.append((cells, "base" if arm["name"] == BASELINE else ""))
+    heads = [("Arm", False), *((name, True) for name in names)]
+    lede = element("p", "Of the finished runs: mean over seeds, and standard deviation.", class_="lede")
+    caption = "What was measured of the runs besides the metric"
+    return section("Measures", lede, table(heads, rows, caption=caption), anchor="measures")
+
+
 def learning_rates(results: dict[str, Any], decimals: int) -> Html | None:
     """The learning rates that were tried by arm; None where none were."""
     tuned = [(place, arm) for place, arm in enumerate(results["arms"]) if arm["learning_rates"]]

@@ -38,6 +38,7 @@ def render(results: dict[str, Any]) -> str:
         _curves(results, decimals),
         ablation_details.changes(results),
         ablation_details.matched(results),
+        ablation_details.measures(results),
         ablation_details.learning_rates(results, decimals),
         ablation_details.speed(results),
         section("Methods", *map(_paragraph, words.methods(results)), anchor="methods"),

@@ -41,6 +41,7 @@ _arm = {
     "values": [nullable(number)],
     "mean": nullable(number),
     "std": nullable(number),
+    "measures": optional(mapping({"values": [nullable(number)], "mean": number, "std": nullable(number)})),
     "diverged": [whole],
     "runs": [
         {

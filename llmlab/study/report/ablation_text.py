@@ -7,7 +7,7 @@ from llmlab.study.report import latex as tex
 from llmlab.study.report import markdown as md
 from llmlab.study.report import words
 from llmlab.study.report.ablation_results import BASELINE
-from llmlab.study.report.numbers import fixed, interval, p_value, percent, quantity, signed, time
+from llmlab.study.report.numbers import fixed, general, interval, p_value, percent, quantity, signed, time
 from llmlab.study.report.page import plain
 
 
@@ -36,6 +36,7 @@ def markdown(results: dict[str, Any], figures: Sequence[str]) -> str:
         _image(figures, "curves.png", "Learning curves: mean over seeds, with intervals"),
         _changes(results),
         _matched(results),
+        _measures(results),
         "## Methods",
         *(_text(sentence) for sentence in words.methods(results)),
         _problems(results),
@@ -188,6 +189,20 @@ def _matched(results: dict[str, Any]) -> str:
     if results["acknowledged"] is not None:
         said.append(f"Acknowledged mismatch: {md.escape(results['acknowledged'])}")
     return "\n\n".join(said)
+
+
+def _measures(results: dict[str, Any]) -> str | None:
+    names = words.measures(results)
+    rows = []
+    for arm in results["arms"]:
+        cells = [md.escape(arm["name"])]
+        for name in names:
+            found = arm.get("measures", {}).get(name, {"mean": None, "std": None})
+            spread = "" if found["std"] is None else f" ± {general(found['std'])}"
+            cells.append(md.escape(f"{general(found['mean'])}{spread}"))
+        rows.append(cells)
+    heads = [("Arm", False), *((name, True) for name in names)]
+    return f"## Measures\n\nMean over seeds and standard deviation.\n\n{md.table(heads, rows)}" if names else None
 
 
 def _problems(results: dict[str, Any]) -> str | None:

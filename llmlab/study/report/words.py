@@ -83,6 +83,11 @@ def finding(results: dict[str, Any], comparison: dict[str, Any]) -> Sentence:
     return [comparison["arm"], *what, seeds, *bounds, "."]
 
 
+def measures(results: dict[str, Any]) -> list[str]:
+    """Names of what was measured of the runs besides, in the order in which it was."""
+    return list(dict.fromkeys(name for arm in results["arms"] for name in arm.get("measures", {})))
+
+
 def outcome(results: dict[str, Any], comparison: dict[str, Any]) -> Sentence:
     """What follows: "That supports the claim that it is at most 0.01 nats per token worse than the baseline."."""
     if results.get("withheld"):
