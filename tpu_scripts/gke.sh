@@ -10,8 +10,12 @@ the image LLMLAB_IMAGE (see gke/Dockerfile). It is restarted after exit code 42 
 signals and after evictions, at most LLMLAB_MAX_RESTARTS times, and fails at once after 1 or 2. --dry-run prints the
 manifest. --delete deletes the JobSet that carries the label llmlab-run=NAME.
 
-Settings: NAMESPACE IMAGE GKE_ACCELERATOR GKE_TOPOLOGY GKE_CHIPS_PER_HOST SLICES PROVISIONING BUCKET MAX_RESTARTS
-GRACE_SECONDS"
+A run in a bucket (LLMLAB_BUCKET or --out gs://...) is written below $MOUNTS/BUCKET, where the cluster's Cloud
+Storage FUSE driver mounts it in every pod. The pods read and write it as LLMLAB_GKE_SERVICE_ACCOUNT, a Kubernetes
+service account with access to the bucket by workload identity; without one as the service account of the nodes.
+
+Settings: NAMESPACE IMAGE GKE_ACCELERATOR GKE_TOPOLOGY GKE_CHIPS_PER_HOST GKE_SERVICE_ACCOUNT SLICES PROVISIONING
+BUCKET MAX_RESTARTS GRACE_SECONDS"
 SWITCHES=(delete)
 declare -A VALUES=()
 
@@ -80,10 +84,34 @@ fill_values() {
     [IMAGE]="$(yaml_string "${CONFIG[IMAGE]}")" [COMMAND]="$(yaml_list "${command[@]}")"
     [NODE_SELECTOR]="{$nodes}" [SLICES]="${CONFIG[SLICES]}" [HOSTS]="$hosts" [CHIPS]="${CONFIG[GKE_CHIPS_PER_HOST]}"
     [MAX_RESTARTS]="${CONFIG[MAX_RESTARTS]}" [GRACE_SECONDS]="${CONFIG[GRACE_SECONDS]}"
+    [SERVICE_ACCOUNT]="" [POD_ANNOTATIONS]="" [VOLUMES]="" [VOLUME_MOUNTS]=""
   )
+  if [[ -n ${CONFIG[GKE_SERVICE_ACCOUNT]} ]]; then
+    VALUES[SERVICE_ACCOUNT]="serviceAccountName: $(yaml_string "${CONFIG[GKE_SERVICE_ACCOUNT]}")"
+  fi
+  if [[ -n $BUCKET_NAME ]]; then
+    fill_mount
+  fi
 }
 
-# The template with its values. Each line is read once from left to right, so a value is never read as a template.
+# The bucket's volume. The driver's sidecar container may use what the node has ("0": no limit): it stages whole files
+# of a checkpoint. Pods on the network of their host reach the bucket as the node, unless told to be themselves.
+fill_mount() {
+  local attributes
+  attributes="\"bucketName\": $(yaml_string "$BUCKET_NAME"), \"mountOptions\": $(yaml_string "$MOUNT_OPTIONS")"
+  if [[ -n ${CONFIG[GKE_SERVICE_ACCOUNT]} ]]; then
+    attributes+=', "hostNetworkPodKSA": "true"'
+  fi
+  VALUES[POD_ANNOTATIONS]='annotations: {"gke-gcsfuse/volumes": "true", "gke-gcsfuse/cpu-limit": "0",'
+  VALUES[POD_ANNOTATIONS]+=' "gke-gcsfuse/memory-limit": "0", "gke-gcsfuse/ephemeral-storage-limit": "0"}'
+  VALUES[VOLUMES]="volumes: [{\"name\": \"bucket\", \"csi\": {\"driver\": \"gcsfuse.csi.storage.gke.io\","
+  VALUES[VOLUMES]+=" \"volumeAttributes\": {$attributes}}}]"
+  VALUES[VOLUME_MOUNTS]="volumeMounts: [{\"name\": \"bucket\", \"mountPath\":"
+  VALUES[VOLUME_MOUNTS]+=" $(yaml_string "$MOUNTS/$BUCKET_NAME")}]"
+}
+
+# The template with its values. Each line is read once from left to right, so a value is never read as a template. A
+# line whose values are all empty is left out.
 render() {
   local line key done_part
   while IFS= read -r line; do
@@ -93,7 +121,9 @@ render() {
       done_part+="${line%%"{{$key}}"*}${VALUES[$key]}"
       line="${line#*"{{$key}}"}"
     done
-    printf '%s\n' "$done_part$line"
+    if [[ $done_part$line == *[![:space:]]* ]]; then
+      printf '%s\n' "$done_part$line"
+    fi
   done <"$SCRIPTS/gke/jobset.yaml.tmpl"
 }
 
@@ -102,6 +132,7 @@ submit() {
   require IMAGE
   require_number SLICES MAX_RESTARTS GRACE_SECONDS GKE_CHIPS_PER_HOST
   require_experiment
+  mount_out
   require_printable "${REST[@]}" "${CONFIG[@]}"
   fill_values
   manifest="$(render)"

@@ -27,7 +27,8 @@ declare -A CONFIG=(
   [NETWORK]="" [SUBNETWORK]="" [SERVICE_ACCOUNT]="" [BUCKET]="" [REPOSITORY]="" [REVISION]=main [SOURCE]="$ROOT"
   [POLL_SECONDS]=60 [MAX_RESTARTS]=10 [MAX_ERRORS]=10
   [CLUSTER]="" [IMAGE]="" [NAMESPACE]=default [GKE_ACCELERATOR]=tpu-v6e-slice [GKE_TOPOLOGY]=4x4
-  [GKE_CHIPS_PER_HOST]=4 [GRACE_SECONDS]=120 [SKY_ACCELERATORS]=tpu-v6e-16 [SKY_NODES]=1
+  [GKE_CHIPS_PER_HOST]=4 [GKE_SERVICE_ACCOUNT]="" [GRACE_SECONDS]=120 [XPK_STORAGE]=""
+  [SKY_ACCELERATORS]=tpu-v6e-16 [SKY_NODES]=1 [SKY_TASK]=""
   [SLURM_PARTITION]="" [SLURM_ACCOUNT]="" [SLURM_NODES]=1 [SLURM_GPUS_PER_NODE]=8 [SLURM_CPUS_PER_TASK]=8
   [SLURM_TIME]=24:00:00 [SLURM_LOGS]=slurm-logs
 )
@@ -39,7 +40,14 @@ DRY_RUN=0
 STATE=""
 OWNER=""
 OUT=""
+BUCKET_NAME=""
 SCRATCH=""
+
+# Where containers and SkyPilot's machines see buckets, each below its name (worker.sh: below its home).
+MOUNTS=/llmlab-buckets
+# What gcsfuse caches about files of a bucket that several machines write: nothing, so all see the same at once.
+# shellcheck disable=SC2034 # read by gke.sh and xpk.sh
+MOUNT_OPTIONS=implicit-dirs,metadata-cache:ttl-secs:0
 
 # --- messages
 
@@ -294,6 +302,34 @@ require_experiment() {
     OUT="${CONFIG[BUCKET]%/}/$NAME"
     REST+=(--out "$OUT")
   fi
+}
+
+# Sets BUCKET_NAME to the bucket of an address gs://BUCKET/PATH.
+read_bucket_name() {
+  BUCKET_NAME="${1#gs://}"
+  BUCKET_NAME="${BUCKET_NAME%%/*}"
+  if [[ $1 != gs://* || ! $BUCKET_NAME =~ ^[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]$ ]]; then
+    usage_error "$(quoted "$1") is not a place in a Cloud Storage bucket: gs://BUCKET/PATH, the bucket's name made of" \
+      "a-z, 0-9, - _ and ."
+  fi
+}
+
+# For schedulers that mount the bucket: where OUT is an address, sets BUCKET_NAME and replaces the address in REST by
+# its directory below MOUNTS. A plain directory is the user's own mount and stays.
+mount_out() {
+  local index address="$OUT"
+  if [[ $address != *://* ]]; then
+    return 0
+  fi
+  read_bucket_name "$address"
+  OUT="$MOUNTS/${address#gs://}"
+  for index in "${!REST[@]}"; do
+    if [[ ${REST[index]} == "--out=$address" ]]; then
+      REST[index]="--out=$OUT"
+    elif ((index)) && [[ ${REST[index - 1]} == --out && ${REST[index]} == "$address" ]]; then
+      REST[index]="$OUT"
+    fi
+  done
 }
 
 # --- the queued resource that carries the run's name

@@ -7,7 +7,8 @@ HELP="Usage: slurm.sh [--dry-run] [--SETTING VALUE ...] NAME FILE.py [flags of l
 Submits slurm/train.sbatch as the job NAME: one process per GPU, which find each other by Slurm's variables. Five
 minutes before the time limit, and when preempted, llmlab saves and exits with 42, and the job is queued again, at
 most LLMLAB_MAX_RESTARTS times. Run it from the top of the repository, in an environment with llmlab installed; the
-nodes see the same files. Without --out and LLMLAB_BUCKET the run goes to runs/NAME.
+nodes see the same files. Without --out the run goes to LLMLAB_BUCKET/NAME where that is a directory, else (a bucket of
+Cloud Storage is not mounted on a cluster) to runs/NAME.
 
     squeue --me --name NAME         scancel --me --name NAME
 
@@ -21,8 +22,13 @@ main() {
     --output "${CONFIG[SLURM_LOGS]}/%x-%j.out" --export "ALL,LLMLAB_MAX_RESTARTS=${CONFIG[MAX_RESTARTS]}")
   require_name
   require_number SLURM_NODES SLURM_GPUS_PER_NODE SLURM_CPUS_PER_TASK MAX_RESTARTS
-  CONFIG[BUCKET]="${CONFIG[BUCKET]:-runs}" # the nodes of a cluster share a file system
+  if [[ -z ${CONFIG[BUCKET]} || ${CONFIG[BUCKET]} == *://* ]]; then
+    CONFIG[BUCKET]=runs # the nodes of a cluster share a file system
+  fi
   require_experiment
+  if [[ $OUT == *://* ]]; then
+    usage_error "nothing mounts $(quoted "$OUT") on the nodes of a cluster; give --out a directory that they all see"
+  fi
   [[ -z ${CONFIG[SLURM_PARTITION]} ]] || flags+=(--partition "${CONFIG[SLURM_PARTITION]}")
   [[ -z ${CONFIG[SLURM_ACCOUNT]} ]] || flags+=(--account "${CONFIG[SLURM_ACCOUNT]}")
   run_command mkdir -p -- "${CONFIG[SLURM_LOGS]}" # Slurm does not make it, and drops the output of the job

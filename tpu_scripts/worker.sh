@@ -130,7 +130,8 @@ start() {
   report started
 }
 
-# Mounts a bucket at llmlab-buckets/NAME. No metadata is cached: workers see each other's files at once.
+# Mounts a bucket at llmlab-buckets/NAME. No metadata is cached, not even that a file is missing: workers see each
+# other's files at once.
 mount_bucket() {
   local place="$PWD/llmlab-buckets/$1"
   if mountpoint --quiet "$place"; then

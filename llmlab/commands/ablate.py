@@ -95,6 +95,7 @@ def _run(ablation: "Ablation", arguments: argparse.Namespace, argv: Sequence[str
                 folder=folder,
                 root=arguments.runs,
                 workers=arguments.workers,
+                vectorize_seeds=arguments.vectorize_seeds,
                 storage=arguments.storage,
                 exploratory=arguments.exploratory,
                 allow_change=arguments.allow_config_change,
@@ -157,6 +158,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dry-run", action="store_true", help="print the plan, and run nothing")
     parser.add_argument("--seeds", type=int, metavar="N", help="pairs of runs, instead of the file's")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
+    parser.add_argument(
+        "--vectorize-seeds",
+        action="store_true",
+        help="train the seeds of an arm as one program: for small models that do not fill the device",
+    )
     parser.add_argument(
         "--storage", metavar="URL", help="database of the queue, to work on several machines (SQLite in the folder)"
     )

@@ -118,10 +118,10 @@ class PermutationTransformer(ModelConfig):
         for block in self.layers():
             assert isinstance(block.mixer, TwoStreamAttention)
             projection = 2 * self.embed_dim * block.mixer.num_heads * block.mixer.resolved_head_dim(self.embed_dim)
-            scores = block.mixer.score_flops(self.embed_dim, num_keys, num_distances)
-            total += (
-                batch * (length + targets) * (2 * projection + scores - 2 * block.ffn.idle_parameters(self.embed_dim))
-            )
+            scores = block.mixer.content_flops(self.embed_dim, length, num_keys, num_distances)
+            scores += block.mixer.query_flops(self.embed_dim, targets, num_keys, num_distances)
+            idle = 2 * block.ffn.idle_parameters(self.embed_dim)
+            total += batch * (scores + (length + targets) * (2 * projection - idle))
             total += batch * num_keys * 2 * projection + num_distances * projection * (1 + self.backward_half)
         total += batch * (length + targets) * 2 * _ffn_kernels(params)
         if self.head is not None:

@@ -19,9 +19,10 @@ by content, by distance (R is sinusoidal), and by whether i and j are of the sam
 yes, one for no). Nothing depends on absolute places, so a memory of the segments before can stand in front of the
 keys: its hidden states, without gradient, at distances beyond the segment.
 
-The distance term is one product with all S + T distances, shifted by one place from row to row: three quarters of the
-score FLOPs are not in q k^T. Content: 2 S D (2 T + (S + T)) FLOPs a layer, the query stream P / S of that; memory
-O(S T) per head, as the scores depend on query and distance and are formed whole.
+The distance term is a product with distances, shifted by one place from row to row. All queries together meet S + T of
+them, but neighbours nearly the same T: so each quarter of the queries is multiplied with the T + S / 4 that it meets.
+Content: 2 S D (3 T + S / 4) FLOPs a layer; the query stream, whose places are anywhere, 2 P D (3 T + S); memory O(S T)
+per head, as the scores depend on query and distance and are formed whole.
 """
 
 import math
@@ -104,11 +105,18 @@ class TwoStreamAttention(Mixer):
         return TwoStreamLayer(self, dim, rngs=rngs, depth=depth)
 
     def context_flops(self, dim: int, sequence_length: int) -> int:
-        return self.score_flops(dim, sequence_length, 2 * sequence_length)
+        total = self.content_flops(dim, sequence_length, sequence_length, 2 * sequence_length)
+        return total // sequence_length
 
-    def score_flops(self, dim: int, num_keys: int, num_distances: int) -> int:
-        """Forward FLOPs of one query: scores by content and by distance, and the weighted sum of values."""
-        return 2 * self.num_heads * self.resolved_head_dim(dim) * (2 * num_keys + num_distances)
+    def content_flops(self, dim: int, num_queries: int, num_keys: int, num_distances: int) -> int:
+        """Forward FLOPs of a row's content stream: scores by content and by distance, the weighted sum of values."""
+        blocks = distance_blocks(num_queries, num_keys, num_distances)
+        products = sum((block.stop - block.start) * (met.stop - met.start) for block, met in blocks)
+        return 2 * self.num_heads * self.resolved_head_dim(dim) * (num_queries * 2 * num_keys + products)
+
+    def query_flops(self, dim: int, num_queries: int, num_keys: int, num_distances: int) -> int:
+        """The same of a row's query stream."""
+        return 2 * self.num_heads * self.resolved_head_dim(dim) * num_queries * (2 * num_keys + num_distances)
 
 
 class TwoStreamLayer(nnx.Module):
@@ -195,17 +203,38 @@ def _product(spec: str, first: jax.Array, second: jax.Array) -> jax.Array:
 def _scores_by_distance(
     q_NBQH: Float[Array, "N B Q H"], r_NGRH: Float[Array, "N G R H"], stream: Stream, num_keys: int
 ) -> Float[Array, "N B Q T"]:
-    """q_i . r(i - j), from the products with all distances."""
+    """q_i . r(i - j)."""
+    if stream.first_BQ is not None:
+        return cut(_products_with(q_NBQH, r_NGRH), stream.first_BQ, num_keys)
+    scores = []
+    for block, met in distance_blocks(q_NBQH.shape[2], num_keys, r_NGRH.shape[2]):
+        products = _products_with(q_NBQH[:, :, block], r_NGRH[:, :, met])
+        past = min(num_keys, products.shape[-1] - 1)  # where queries look back, keys behind a block meet no distance
+        scores.append(jnp.pad(sheared(products, past), ((0, 0), (0, 0), (0, 0), (0, num_keys - past))))
+    return jnp.concatenate(scores, axis=2)
+
+
+def _products_with(q_NBQH: jax.Array, r_NGRH: jax.Array) -> Float[Array, "N B Q R"]:
     heads, batch, num_queries, _ = q_NBQH.shape
     groups, num_distances = r_NGRH.shape[1:3]
     q_NGXH = q_NBQH.reshape(heads, groups, batch // groups * num_queries, -1)
-    products_NGXR = _product("NGXH,NGRH->NGXR", q_NGXH, r_NGRH)
-    products_NBQR = products_NGXR.reshape(heads, batch, num_queries, num_distances)
-    if stream.first_BQ is None:
-        return sheared(products_NBQR, num_keys)
-    return cut(products_NBQR, stream.first_BQ, num_keys)
+    return _product("NGXH,NGRH->NGXR", q_NGXH, r_NGRH).reshape(heads, batch, num_queries, num_distances)
 
 
+def distance_blocks(num_queries: int, num_keys: int, num_distances: int) -> list[tuple[slice, slice]]:
+    """Quarters of the S queries that stand at all places, each with those of the encoded distances that it meets.
+
+    Query i meets T of them from S - i on, as far as there are so many.
+    """
+    size = -(-num_queries // 4)
+    blocks = [(start, min(start + size, num_queries)) for start in range(0, num_queries, size)]
+    return [
+        (slice(start, end), slice(num_queries - end, min(num_queries - start + num_keys, num_distances)))
+        for start, end in blocks
+    ]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
 def sheared(x_NBSR: Float[Array, "N B S R"], width: int) -> Float[Array, "N B S T"]:
     """Entries S - i, S - i + 1, ... of row i, without a gather: in memory each row begins one place further left.
 
@@ -214,6 +243,22 @@ def sheared(x_NBSR: Float[Array, "N B S R"], width: int) -> Float[Array, "N B S 
     """
     *batch, length, num = x_NBSR.shape
     return x_NBSR.reshape(*batch, num, length)[..., 1:, :].reshape(*batch, length, num - 1)[..., :width]
+
+
+def _shear(x_NBSR: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
+    return sheared(x_NBSR, width), jnp.zeros((0, x_NBSR.shape[-1]), x_NBSR.dtype)
+
+
+def _unshear(width: int, like: jax.Array, dy_NBST: jax.Array) -> tuple[jax.Array]:
+    *batch, length, _ = dy_NBST.shape
+    num, rows = like.shape[1], [(0, 0)] * len(batch)
+    dy = jnp.pad(dy_NBST, [*rows, (0, 0), (0, num - 1 - width)]).reshape(*batch, length * (num - 1))
+    # Apart the two pads are copies; XLA for CPU would make one loop of them that divides by num - 1 for every entry.
+    dy = jax.lax.optimization_barrier(dy)
+    return (jnp.pad(dy, [*rows, (length, 0)]).reshape(*batch, length, num),)
+
+
+sheared.defvjp(_shear, _unshear)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -40,6 +40,8 @@ class Conduct:
     root: Path = work.DEFAULT_ROOT
     """Of all runs."""
     workers: int = 1
+    vectorize_seeds: bool = False
+    """Train the seeds of an arm as one program."""
     storage: str | None = None
     """Address of the queue's database; None for SQLite in the folder."""
     exploratory: bool = False
@@ -148,6 +150,7 @@ class Conduct:
             metric=ablation.metric if of_training else "validation/loss",
             direction=ablation.direction if of_training else "lower",
             file=self.file,
+            seeds_together=self.vectorize_seeds,
         )
 
 

@@ -119,15 +119,17 @@ class Queue:
                 if entry.state == "done" and again(entry):
                     self._run_again(entry.number)
 
-    def take(self) -> Claim | None:
-        """The next experiment, which is this process's from now on; None while there is nothing to take."""
+    def take(self, wanted: Callable[[str], bool] | None = None) -> Claim | None:
+        """The next experiment, which is this process's from now on; None while there is nothing to take. With `wanted`
+        the next whose hash it accepts."""
         with self.store.exclusive():
             self._take_from_the_dead()
             waiting = [trial for trial in self._live() if trial.state.name == "WAITING"]
             # What was begun first: its checkpoint is there, and others may wait for its lock.
             for trial in sorted(waiting, key=lambda trial: "failed_trial" not in trial.system_attrs):
-                return self.begin(trial)
-            return self._invent()
+                if wanted is None or wanted(trial.user_attrs.get("hash", "")):
+                    return self.begin(trial)
+            return self._invent() if wanted is None else None
 
     def begin(self, trial: "FrozenTrial") -> Claim:
         """Makes a waiting trial this process's. Only in `exclusive`."""

@@ -214,6 +214,9 @@ class SampledWork:
         self._space = space
         self._search = search
         self._original = base if place.file is None else read_experiment(place.file)
+        from llmlab.training.program import Programs
+
+        self._programs = Programs()
 
     def take(self) -> Claim | None:
         return self.queue.take()
@@ -228,7 +231,14 @@ class SampledWork:
             self.queue.tell(claim, Status.FAILED, problem=str(error))
             return
         save_job(self.place.folder, claim.hash, experiment)
-        train(self.place, self.queue, claim, experiment, pruner=self._search.pruner)
+        train(
+            self.place,
+            self.queue,
+            claim,
+            experiment,
+            pruner=self._search.pruner,
+            programs=self._programs,
+        )
 
     def _drawn(self, claim: Claim) -> tuple[Claim, Experiment]:
         """The claim's experiment: a new point, or the one that it had before it was given back or its worker died."""

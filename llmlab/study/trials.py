@@ -12,10 +12,11 @@ import json
 import math
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmlab import runs
 from llmlab.config import config_hash, json_hash
@@ -25,6 +26,9 @@ from llmlab.training.faults import NonFiniteError, Pruned
 from llmlab.training.metrics import FILE_NAME as METRICS
 from llmlab.training.metrics import read_metrics
 from llmlab.training.report import Report
+
+if TYPE_CHECKING:
+    from llmlab.training.program import Programs
 
 FAILURE = "failure.json"
 """In a run directory: why this experiment cannot be finished."""
@@ -201,6 +205,7 @@ def run_trial(
     name: str,
     report: Report | None = None,
     experiment_file: Path | None = None,
+    programs: "Programs | None" = None,
 ) -> Trial:
     """Trains an experiment in its trial's directory, or goes on at its last checkpoint, in this process.
 
@@ -212,6 +217,7 @@ def run_trial(
         name: of the experiment, for the provenance.
         report: told about everything that happens.
         experiment_file: the Python file, for the provenance.
+        programs: compiled by earlier trials of this process; this one adds its own.
 
     Returns:
         The trial: finished, failed, diverged, corrupt, or pruned by its report.
@@ -226,7 +232,9 @@ def run_trial(
             return trial
         if trial.status is not Status.RUNNING:
             try:
-                runs.train(experiment, directory, name=name, report=report, experiment_file=experiment_file)
+                runs.train(
+                    experiment, directory, name=name, report=report, experiment_file=experiment_file, programs=programs
+                )
                 (directory / FAILURE).unlink(missing_ok=True)
                 return read_trial(directory, experiment)
             except Held:
@@ -237,6 +245,44 @@ def run_trial(
                 _record_failure(directory, error)
                 return read_trial(directory, experiment)
         time.sleep(_POLL_SECONDS)
+
+
+def run_trials_together(
+    experiments: Sequence[Experiment],
+    root: Path,
+    *,
+    name: str,
+    experiment_file: Path | None = None,
+    programs: "Programs | None" = None,
+) -> list[Trial]:
+    """As `run_trial` for experiments that differ in their seed alone, as one program (`llmlab.training.seeds`). Those
+    that another process trains, or the only one that is left, are run as ever."""
+    from llmlab.study.vectorized import train_seeds
+
+    directories = [directory_of(root, experiment) for experiment in experiments]
+    waiting = [
+        (experiment, directory)
+        for experiment, directory in zip(experiments, directories, strict=True)
+        if read_trial(directory, experiment).status in (Status.ABSENT, Status.UNFINISHED)
+    ]
+    if len(waiting) > 1:
+        settings: dict[str, Any] = {"name": name, "experiment_file": experiment_file, "programs": programs}
+        try:
+            ended = train_seeds(*zip(*waiting, strict=True), **settings)
+            for (_, directory), outcome in zip(waiting, ended, strict=True):
+                if isinstance(outcome, NonFiniteError):
+                    _record_failure(directory, outcome)
+                else:
+                    (directory / FAILURE).unlink(missing_ok=True)
+        except Held:
+            pass  # by somebody who will finish it: it is waited for below
+        except Exception as error:
+            for _, directory in waiting:
+                _record_failure(directory, error)
+    return [
+        run_trial(experiment, root, name=name, experiment_file=experiment_file, programs=programs)
+        for experiment in experiments
+    ]
 
 
 def _record_failure(directory: Path, error: Exception) -> None:

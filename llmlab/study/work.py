@@ -8,26 +8,30 @@ happens in this process; otherwise in local processes of their own (`llmlab.stud
 terminal, or on another machine that reaches the storage and sees the same directories, joins in.
 
 A worker trains one experiment after another in one process: starting Python and importing jax is paid once, not once a
-trial.
+trial, and what was compiled for one trial serves all that differ from it in learning rate, weight decay or seed.
 """
 
 import contextlib
+import functools
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from llmlab.config import config_hash, defining_file, from_json, load_experiment_file, to_json
 from llmlab.experiment import Experiment
 from llmlab.study import storage as storages
 from llmlab.study.queue import Claim, Direction, Entry, Job, Queue
-from llmlab.study.trials import Status, Trial, directory_of, read_trial, run_trial
+from llmlab.study.trials import Status, Trial, directory_of, read_trial, run_trial, run_trials_together
 from llmlab.training.directory import write_text
 from llmlab.training.faults import Interrupted, Interruption
 from llmlab.training.metrics import FILE_NAME as METRICS
+
+if TYPE_CHECKING:
+    from llmlab.training.program import Programs
 
 DEFAULT_ROOT = Path("runs/trials")
 """Where the run directories of all studies are."""
@@ -138,13 +142,26 @@ class FixedWork:
         queue: of the list.
         load: experiment of a hash.
         pruner: name of what gives up trials that do badly ("none": nothing does).
+        seeds_together: whether experiments that differ in their seed alone are taken together, as one program.
     """
 
-    def __init__(self, place: Place, queue: Queue, load: Callable[[str], Experiment], *, pruner: str = "none") -> None:
+    def __init__(
+        self,
+        place: Place,
+        queue: Queue,
+        load: Callable[[str], Experiment],
+        *,
+        pruner: str = "none",
+        seeds_together: bool = False,
+    ) -> None:
         self.place = place
         self.queue = queue
-        self._load = load
+        self._load = functools.cache(load)
         self._pruner = pruner
+        self._seeds_together = seeds_together
+        from llmlab.training.program import Programs
+
+        self._programs = Programs()
 
     def take(self) -> Claim | None:
         return self.queue.take()
@@ -153,10 +170,44 @@ class FixedWork:
         return self.queue.settled()
 
     def run(self, claim: Claim) -> None:
-        train(self.place, self.queue, claim, self._load(claim.hash), pruner=self._pruner)
+        if self._seeds_together:
+            with contextlib.ExitStack() as returned:
+                claims = [claim, *self._other_seeds(claim, returned)]
+                self._train_together(claims)
+                returned.pop_all()
+            return
+        train(self.place, self.queue, claim, self._load(claim.hash), pruner=self._pruner, programs=self._programs)
+
+    def _other_seeds(self, claim: Claim, returned: contextlib.ExitStack) -> Iterator[Claim]:
+        """Takes what waits and differs from a claim in its seed alone; given back where `returned` is left."""
+        one = without_seed(self._load(claim.hash))
+        while other := self.queue.take(lambda hash_: without_seed(self._load(hash_)) == one):
+            returned.callback(self.queue.release, other)
+            yield other
+
+    def _train_together(self, claims: Sequence[Claim]) -> None:
+        with contextlib.ExitStack() as alive:
+            for each in claims:
+                alive.enter_context(self.queue.alive(each))
+            trials = run_trials_together(
+                [self._load(each.hash) for each in claims],
+                self.place.root,
+                name=claims[0].name,
+                experiment_file=self.place.file,
+                programs=self._programs,
+            )
+            for each, trial in zip(claims, trials, strict=True):
+                self.queue.finish(each, trial)
 
 
-def train(place: Place, queue: Queue, claim: Claim, experiment: Experiment, *, pruner: str) -> None:
+def without_seed(experiment: Experiment) -> Experiment:
+    """What experiments that differ in their seed alone have in common."""
+    return replace(experiment, train=replace(experiment.train, seed=0))
+
+
+def train(
+    place: Place, queue: Queue, claim: Claim, experiment: Experiment, *, pruner: str, programs: "Programs"
+) -> None:
     """Trains a claimed experiment and records the outcome. Raises Interrupted."""
     report = None
     if pruner != "none":
@@ -164,7 +215,9 @@ def train(place: Place, queue: Queue, claim: Claim, experiment: Experiment, *, p
 
         report = pruning_report(queue.store, claim, experiment, pruner=pruner, metric=place.metric)
     with queue.alive(claim):
-        trial = run_trial(experiment, place.root, name=claim.name, report=report, experiment_file=place.file)
+        trial = run_trial(
+            experiment, place.root, name=claim.name, report=report, experiment_file=place.file, programs=programs
+        )
         queue.finish(claim, trial)
 
 
@@ -206,6 +259,7 @@ def execute(
     metric: str = "validation/loss",
     direction: Direction = "lower",
     file: Path | None = None,
+    seeds_together: bool = False,
 ) -> dict[str, Trial]:
     """Trains every experiment that is not trained yet, and returns the trials of all.
 
@@ -221,6 +275,7 @@ def execute(
         metric: of the summary, recorded with the trial.
         direction: in which it is better.
         file: the experiment file, for the provenance of the runs.
+        seeds_together: train experiments that differ in their seed alone as one program.
 
     Raises:
         ValueError: an experiment cannot run; all offenders are named and nothing was run.
@@ -241,7 +296,7 @@ def execute(
     queued: dict[str, Job] = {}
     for name, experiment in jobs.items():
         queued.setdefault(config_hash(experiment), {"name": name, "steps": experiment.train.steps})
-    run_fixed(place, by_hash, queued, workers=workers, progress=progress)
+    run_fixed(place, by_hash, queued, workers=workers, progress=progress, seeds_together=seeds_together)
     return {name: read_trial(directory_of(root, experiment), experiment) for name, experiment in jobs.items()}
 
 
@@ -253,16 +308,18 @@ def run_fixed(
     workers: int = 1,
     progress: Tell | None = None,
     pruner: str = "none",
+    seeds_together: bool = False,
 ) -> None:
     """Runs a list of experiments, given with what is to be kept about them by hash. Raises what `execute` raises."""
     with prepared(place, experiments, jobs) as queue, watched(queue, place, progress):
         if workers > 1:
             from llmlab.study.crew import Crew
 
-            task = {"design": "fixed", "jobs": dict(jobs), "pruner": pruner}
+            task = {"design": "fixed", "jobs": dict(jobs), "pruner": pruner, "seeds_together": seeds_together}
             Crew(workers, place, task).work(queue.settled)
         else:
-            work(FixedWork(place, queue, experiments.__getitem__, pruner=pruner))
+            load = experiments.__getitem__
+            work(FixedWork(place, queue, load, pruner=pruner, seeds_together=seeds_together))
 
 
 def check(jobs: Mapping[str, Experiment]) -> None:

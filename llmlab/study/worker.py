@@ -36,7 +36,7 @@ def _work(place: Place, store: Any, task: dict[str, Any]) -> Work:
     load = functools.partial(load_job, place.folder, file=place.file)
     if task["design"] == "fixed":
         queue = Queue(store, task["jobs"], metric=place.metric, direction=place.direction)
-        return FixedWork(place, queue, load, pruner=task["pruner"])
+        return FixedWork(place, queue, load, pruner=task["pruner"], seeds_together=task["seeds_together"])
     from llmlab.study.search import SampledWork, Search
     from llmlab.study.sweep import read_sweep
 

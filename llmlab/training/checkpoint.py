@@ -34,7 +34,7 @@ import jax
 from llmlab.nn.module import Params
 from llmlab.sharding import cluster
 from llmlab.sharding.cluster import Cluster
-from llmlab.training.directory import write_json
+from llmlab.training.directory import check_renames, write_json
 from llmlab.training.state import TrainState
 
 DIGESTS = "digests.json"
@@ -53,6 +53,9 @@ class Checkpoints:
         keep_best: how many of those with the lowest validation loss stay besides.
         tell: called with a sentence about anything that is not as it should be.
         processes: that train together.
+
+    Raises:
+        ValueError: directories cannot be renamed there.
     """
 
     def __init__(
@@ -84,6 +87,7 @@ class Checkpoints:
         self.directory.mkdir(parents=True, exist_ok=True)
         for leftover in [*self.directory.glob(f"{_DELETED}*"), *self.directory.glob("*.orbax-checkpoint-tmp*")]:
             shutil.rmtree(leftover, ignore_errors=True)
+        check_renames(self.directory, _DELETED)
         return [(step, _validation_loss(self._path(step))) for step in saved_steps(self.directory)]
 
     def steps(self) -> list[int]:

@@ -11,11 +11,16 @@
     run.lock           held by the process that trains
 
 Files are replaced by renaming a complete new one over the old, so a crash leaves one or the other, never a torn one.
+
+The directory may be in a mounted bucket (gcsfuse). What that does not give: the lock keeps out processes of the same
+machine only, so whoever starts runs on several must start one of a name; a file is in the bucket when it is closed,
+not before; and directories can be renamed in buckets with a hierarchical namespace alone (`check_renames`).
 """
 
 import contextlib
 import json
 import os
+import shutil
 import socket
 import sys
 from collections.abc import Iterator, Mapping
@@ -84,6 +89,34 @@ class RunDirectory:
             f"{self.path} exists, is not empty and is not a run (it has no config.json); it is left as it is: choose "
             "another directory with --out"
         )
+
+
+def check_renames(directory: Path, prefix: str) -> None:
+    """Renames a directory with a file in it, as checkpoints are, before hours of work depend on it.
+
+    Args:
+        directory: where to try; must exist.
+        prefix: of the names to try with, which are gone afterwards.
+
+    Raises:
+        ValueError: it cannot be done. gcsfuse refuses it in buckets without a hierarchical namespace, where it would
+            have to copy and delete file by file.
+    """
+    before, after = directory / f"{prefix}probe", directory / f"{prefix}probe-renamed"
+    try:
+        before.mkdir(exist_ok=True)
+        (before / "file").write_text("renamed with its directory", encoding="utf-8")
+        before.rename(after)
+    except OSError as error:
+        raise ValueError(
+            f"a directory in {directory} cannot be renamed ({error}), and that is how a checkpoint becomes "
+            "complete; choose another directory with --out. In a mounted Cloud Storage bucket it works if the bucket "
+            "was made for it: gcloud storage buckets create gs://NAME --location REGION --uniform-bucket-level-access "
+            "--enable-hierarchical-namespace"
+        ) from error
+    finally:
+        for path in (before, after):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -57,6 +57,10 @@ class Recording(Protocol):
         """Records an evaluation after `step` steps."""
         ...
 
+    def sync(self) -> None:
+        """What was recorded is to survive the loss of the machine."""
+        ...
+
 
 UNEVALUATED = "unevaluated"
 """Key of a checkpoint's meta: the evaluation that was due at its step was cut short, and is made up for on resuming."""
@@ -148,6 +152,7 @@ def _look(state: TrainState, step: int, parts: Parts) -> None:
         stopping = parts.interruption.signal
         if checkpoint_due(step, config) or stopping is not None:
             with parts.phases.within("checkpoint"):
+                parts.recorder.sync()
                 checkpoints.save(state, step, meta)
     if stopping is not None and (step < config.steps or UNEVALUATED in meta):
         _tell_saved(checkpoints.wait(), parts.report)

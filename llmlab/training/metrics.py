@@ -10,7 +10,10 @@ JSON has no such numbers, the bare words that some writers use are rejected by o
 overflow look like a missing value. `float()` turns the strings back, and `read_metrics` does.
 
 Every line is handed to the operating system when it is written, so a killed process loses nothing but at most the line
-it was writing. A resumed run cuts the file back to its checkpoint's step, byte for byte, and goes on from there.
+it was writing. A machine that is lost takes with it what was not on disk yet, and in a mounted bucket a file is there
+when it is closed: so before every checkpoint `sync` closes the file and opens it again, and a run that resumes at a
+checkpoint has all lines up to it. It cuts the file back to that step, byte for byte, and goes on from there.
+TensorBoard's files are not closed for that: a lost machine's last one is lost.
 """
 
 import json
@@ -44,6 +47,10 @@ class Log(Protocol):
         """Removes the records after `step`; returns how many were removed."""
         ...
 
+    def sync(self) -> None:
+        """Makes what was written survive the machine."""
+        ...
+
     def close(self) -> None:
         """Nothing more comes."""
         ...
@@ -58,6 +65,9 @@ class NoLog:
     def cut_back(self, step: int) -> int:
         """Removes nothing."""
         return 0
+
+    def sync(self) -> None:
+        """Has nothing to keep."""
 
     def close(self) -> None:
         """Has nothing to close."""
@@ -112,6 +122,15 @@ class MetricsLog:
             write_text(self.path, b"".join(kept).decode())
             self._file = self.path.open("a", encoding="utf-8")
         return len(lines) - len(kept)
+
+    def sync(self) -> None:
+        """Puts every record on disk, where the disk is a mounted bucket as well.
+
+        fsync alone does not do it there: gcsfuse streams a new file, and the object exists once the file is closed.
+        """
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._file = self.path.open("a", encoding="utf-8")
 
     def close(self) -> None:
         """Flushes everything to disk. Closing twice does no harm."""

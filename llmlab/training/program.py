@@ -197,7 +197,7 @@ class Program:
         return num_parameters(self.state.params)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TrainStep:
     """A step with its scalars."""
 

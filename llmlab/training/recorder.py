@@ -58,6 +58,10 @@ class Recorder:
         if before is not None:
             self._record(*before)
 
+    def sync(self) -> None:
+        """Makes all lines survive the machine: a checkpoint is worth no more than the lines up to it."""
+        self._log.sync()
+
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
         """Records an evaluation after `step` steps."""
         record = {"step": step, "tokens": self._tokens(step)} | metrics

@@ -216,6 +216,9 @@ class _Recorders:
     def evaluation(self, step: int, metrics: dict[str, np.ndarray]) -> None:
         self._all(lambda recorder, number: recorder.evaluation(step, _numbers(metrics, number)))
 
+    def sync(self) -> None:
+        self._all(lambda recorder, _: recorder.sync())
+
     def _all(self, do: Callable[[Recorder, int], None]) -> None:
         for number, (lane, recorder) in enumerate(zip(self._lanes, self._each, strict=True)):
             if lane.failure is None:

@@ -11,7 +11,15 @@ from flax import nnx
 
 from llmlab.nn.config import Memory
 from llmlab.nn.masks import Full
-from llmlab.nn.two_stream import Stream, TwoStreamAttention, TwoStreamContext, cut, encoded_distances, sheared
+from llmlab.nn.two_stream import (
+    Stream,
+    TwoStreamAttention,
+    TwoStreamContext,
+    cut,
+    distance_blocks,
+    encoded_distances,
+    sheared,
+)
 
 BATCH, LENGTH, TARGETS, MEMORY, DIM, HEADS, HEAD_DIM = 2, 5, 2, 3, 8, 2, 4
 KEYS = MEMORY + LENGTH
@@ -93,6 +101,34 @@ def test_shearing_takes_from_every_row_one_entry_further_left() -> None:
     x = np.arange(2 * 4 * 10).reshape(1, 2, 4, 10).astype(np.float32)
     expected = np.stack([x[:, :, i, 4 - i : 4 - i + 6] for i in range(4)], axis=2)
     np.testing.assert_array_equal(sheared(jnp.asarray(x), 6), expected)
+
+
+def test_the_gradient_of_a_shear_is_that_of_plain_slices() -> None:
+    x = jax.random.normal(jax.random.key(0), (3, 2, 4, 11))
+    weights = jax.random.normal(jax.random.key(1), (3, 2, 4, 6))
+
+    def plain(x: jax.Array) -> jax.Array:
+        return jnp.stack([x[:, :, i, 4 - i : 10 - i] for i in range(4)], axis=2)
+
+    ours, theirs = (
+        jax.grad(lambda x, f=f: jnp.sum(jnp.asarray(f(x)) * weights))(x) for f in (lambda x: sheared(x, 6), plain)
+    )
+    np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("num_queries", [1, 3, 4, 10, 128])
+@pytest.mark.parametrize("both_ways", [True, False])
+def test_a_block_of_queries_has_the_distances_that_they_meet_and_few_others(num_queries: int, both_ways: bool) -> None:
+    num_keys = num_queries + 7
+    num_distances = num_keys + (num_queries if both_ways else 1)
+    seen = []
+    for block, met in distance_blocks(num_queries, num_keys, num_distances):
+        for i in range(block.start, block.stop):
+            seen.append(i)
+            assert met.start <= num_queries - i
+            assert met.stop >= min(num_queries - i + num_keys, num_distances)
+        assert met.stop - met.start <= num_keys + -(-num_queries // 4)
+    assert seen == list(range(num_queries))
 
 
 def test_the_gradient_of_a_cut_is_that_of_a_plain_gather() -> None:

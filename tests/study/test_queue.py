@@ -205,6 +205,21 @@ def test_trials_that_nobody_enqueued_are_left_alone(make_queue: Callable[..., Qu
 
 
 @pytest.mark.scale
+def test_workers_in_a_hurry_never_take_the_same_point(url: str, tmp_path: Path) -> None:
+    jobs = {f"{number:08x}": f"job {number}" for number in range(60)}
+    order = {"url": url, "study": tmp_path.name, "folder": str(tmp_path), "jobs": named(jobs), "seconds": 0.0}
+    workers = [subprocess.Popen([sys.executable, str(WORKERS), json.dumps(order)]) for _ in range(4)]
+    assert [worker.wait(timeout=180) for worker in workers] == [0] * 4
+    begun = [line for path in (tmp_path / "begun").iterdir() for line in path.read_text().split()]
+    assert sorted(begun) == sorted(jobs)
+    store = open_study(url, tmp_path.name)
+    try:
+        assert len(store.study.trials) == len(jobs)  # nor was any enqueued twice
+    finally:
+        store.close()
+
+
+@pytest.mark.scale
 def test_four_workers_of_which_two_are_killed_do_every_point_once(url: str, tmp_path: Path) -> None:
     order = {"url": url, "study": tmp_path.name, "folder": str(tmp_path), "jobs": named(JOBS), "seconds": 0.5}
     command = [sys.executable, str(WORKERS), json.dumps(order)]

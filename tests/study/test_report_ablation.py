@@ -23,6 +23,7 @@ def cases() -> dict[str, dict[str, Any]]:
     unlucky = synthetic_results.ablation(THREE, diverged={"no norm at all": [1, 3]}, mode="sequential")
     unlucky["comparisons"][0]["interval"] = [None, None]
     unlucky["comparisons"][0]["minimum_detectable_effect"] = None
+    unlucky |= {"withheld": True, "reason": "withheld: tokens differ by 12%", "remarks": ["rate at the grid's edge"]}
     unlucky["problems"] = [{"directory": "runs/trials/0a", "reason": "summary.json disagrees with metrics.jsonl"}]
     hostile = synthetic_results.ablation({HOSTILE: -0.002}, hypothesis=HOSTILE, mode="exploratory")
     hostile |= {"metric": f"m{HOSTILE}", "unit": HOSTILE, "command": HOSTILE, "name": HOSTILE, "problems": [HOSTILE]}
@@ -86,6 +87,11 @@ def page(written: tuple[dict[str, Any], Path]) -> Node:
     return parse((written[1] / "report.html").read_text(encoding="utf-8"))
 
 
+def deciding(comparison: dict[str, Any]) -> float:
+    """The p-value that its verdict rests on."""
+    return comparison["p_against_holm"] if comparison["verdict"] == "refuted" else comparison["p_holm"]
+
+
 def interval_of(row: Node) -> tuple[float, float]:
     """Ends of the thick line of a row of the forest plot, in thousandths of the axis."""
     drawn = re.match(r"M([\d.-]+) 440H([\d.-]+)", row.one("path", class_="ci").attributes["d"] or "")
@@ -130,7 +136,7 @@ def test_comparisons_of_the_page_are_those_of_the_results(written: tuple[dict[st
         assert agrees(row["Difference"].text, comparison["difference"])
         assert row["Difference"].text.startswith(MINUS if comparison["difference"] < 0 else "+")
         assert row["95% interval"].numbers == [end for end in comparison["interval"] if end is not None]
-        assert row[p_column].numbers == [comparison["p_holm"]]
+        assert row[p_column].numbers == [deciding(comparison)]
 
 
 def test_every_statistic_is_on_the_page(written: tuple[dict[str, Any], Path], page: Node) -> None:
@@ -139,6 +145,8 @@ def test_every_statistic_is_on_the_page(written: tuple[dict[str, Any], Path], pa
     titles = {
         "p of the claim's test": "p_claim",
         "the same after Holm": "p_holm",
+        "p of the opposite test": "p_against",
+        "the opposite after Holm": "p_against_holm",
         "p, paired t (two-sided)": "p_t",
         "p, sign flips (two-sided)": "p_sign_flip",
         "p, equivalence (TOST)": "p_equivalence",
@@ -249,6 +257,9 @@ def test_warnings_are_loud(written: tuple[dict[str, Any], Path], page: Node) -> 
     for text in (said, markdown):
         assert ("Exploratory: the error rates below do not hold" in text) == (results["mode"] == "exploratory")
         assert ("Sequential design" in text) == (results["mode"] == "sequential")
+        assert ("Verdict withheld" in text) == ("tokens differ by 12%" in text) == results["withheld"]
+        assert ("rate at the grid's edge" in text) == bool(results["remarks"])
+        assert ("each counts as 6.9315, the uniform guess" in text) == bool(results["diverged_value"])
         assert ("diverged in seeds 1 and 3" in text) == any(arm["diverged"] for arm in results["arms"])
     assert ("could not be used" in said) == bool(results["problems"])
     problems = [node for node in page.walk() if node.attributes.get("id") == "problems"]
@@ -268,7 +279,7 @@ def test_markdown_says_the_same(written: tuple[dict[str, Any], Path]) -> None:
             comparison = by_arm[arm["name"]]
             assert agrees(difference, comparison["difference"])
             assert verdict == comparison["verdict"]
-            assert p == "< 0.001" if comparison["p_holm"] < 0.001 else agrees(p, comparison["p_holm"])
+            assert p == "< 0.001" if deciding(comparison) < 0.001 else agrees(p, deciding(comparison))
             ends = interval.strip("[]").split(", ")
             for end, value in zip(ends, comparison["interval"], strict=True):
                 assert end.endswith("∞") if value is None else agrees(end, value)
@@ -320,4 +331,6 @@ def test_single_seed_has_no_interval_and_no_p(tmp_path: Path) -> None:
     page = parse((tmp_path / "report.html").read_text(encoding="utf-8"))
     row = table(page.by_id("comparisons").all("table")[0])["rmsnorm"]
     assert (row["95% interval"].text, row["p"].text) == ("—", "—")
-    assert "in its one seed" in page.one("header", class_="top").text
+    said = page.one("header", class_="top").text
+    assert "in its one seed" in said
+    assert "; one seed cannot." in said

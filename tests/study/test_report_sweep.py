@@ -11,7 +11,7 @@ import pytest
 from llmlab.study.report import sweep
 from llmlab.study.report.scales import Scale
 from tests.study import synthetic_results
-from tests.study.reading import agrees, markdown_tables, parse, table
+from tests.study.reading import agrees, markdown_tables, parse, table, unescaped
 from tests.study.test_report_ablation import HOSTILE, in_json
 
 
@@ -29,10 +29,13 @@ def hostile() -> dict[str, Any]:
         del trial["point"]["model.pattern.0.norm"]
         trial["point"][HOSTILE] = HOSTILE
     results["trials"][3] |= {"status": "failed", "problem": HOSTILE, "value": None}
+    results["trials"][5]["value"] = None
     finished = [trial for trial in results["trials"] if trial["value"] is not None]
     best = min(finished, key=lambda trial: trial["value"])
     results["best"] |= {"number": best["number"], "value": best["value"], "command": HOSTILE}
     results["importance"] = {HOSTILE: 1.0}
+    results["best"]["told"] = [HOSTILE]
+    results["trials"][5] |= {"hash": "", "directory": "", "status": "failed", "value": None, "problem": "no such field"}
     return results
 
 
@@ -120,6 +123,9 @@ def test_first_screen_has_the_best_and_its_command(written: tuple[dict[str, Any]
     assert top.one("h1").numbers == [results["best"]["value"]]
     assert top.one("pre").text == results["best"]["command"]
     assert f"\n{results['best']['command']}\n" in markdown
+    for said in results["best"].get("told", []):
+        assert said in top.text
+        assert said in unescaped(markdown)
 
 
 def test_every_exact_number_of_the_page_is_in_the_results(written: tuple[dict[str, Any], Path]) -> None:

@@ -173,6 +173,26 @@ def test_words_of_every_claim() -> None:
     }
 
 
+def _answer(results: dict[str, Any]) -> str:
+    return parse(ablation_page.render(results)).one("div", class_="answer").one("p").text
+
+
+def test_words_of_what_cannot_be_said() -> None:
+    results = synthetic_results.ablation()
+    (comparison,) = results["comparisons"]
+    comparison |= {"verdict": "inconclusive", "seeds_to_settle": None}
+    assert _answer(results).endswith("worse than the baseline; no affordable number of seeds would.")
+    comparison["seeds_to_settle"] = 14
+    assert _answer(results).endswith("worse than the baseline; about 14 seeds would.")
+    comparison |= {"difference": 0.0, "interval": [0.0, 0.0]}
+    assert _answer(results).startswith("rmsnorm equals the baseline exactly on average over 5 seeds")
+    comparison |= {"difference": -0.0004, "interval": [-2.6, 2.6]}  # three decimals would hide it
+    assert _answer(results).startswith("rmsnorm is 0.0004 nats per token better than the baseline")
+    assert "The verdict is withheld: the arms do not match." in _answer(results | {"withheld": True})
+    comparison |= {"difference": None, "interval": None, "reason": "no seed has a result in every arm"}
+    assert _answer(results) == ("rmsnorm could not be compared with the baseline. No seed has a result in every arm.")
+
+
 def test_log_scale_needs_positive_values() -> None:
     from llmlab.study.report.scales import Scale
 

@@ -17,6 +17,8 @@ from llmlab.models.llama import llama
 from llmlab.nn.module import split
 from llmlab.optim import AdamW, Constant, Cosine
 from llmlab.sharding.mesh import Mesh
+from llmlab.study import work
+from llmlab.study.trials import Status
 from llmlab.study.vectorized import train_seeds
 from llmlab.training.checkpoint import saved_steps
 from llmlab.training.config import Train
@@ -139,3 +141,21 @@ def test_experiments_that_differ_in_more_than_the_seed_are_refused(experiment: E
     other = replace(experiment, optimizer=AdamW(peak_lr=1e-3, schedule=Constant()))
     with pytest.raises(ValueError, match="in more than the seed"):
         train_seeds([experiment, other], [tmp_path / "one", tmp_path / "two"])
+
+
+def test_a_study_trains_the_seeds_of_an_arm_together_and_each_once(experiment: Experiment, tmp_path: Path) -> None:
+    other = replace(experiment, optimizer=replace(experiment.optimizer, peak_lr=1e-3))
+    jobs = {
+        f"{arm}/seed={each.train.seed}": each
+        for arm, base in {"one": experiment, "other": other}.items()
+        for each in seeds(base, 0, 1)
+    }
+    apart = runs.train(jobs["other/seed=1"], tmp_path / "apart")
+    trials = work.execute(jobs, folder=tmp_path / "study", root=tmp_path / "trials", seeds_together=True)
+    assert [trial.status for trial in trials.values()] == [Status.FINISHED] * 4
+    assert [trial.summary["seeds_together"] for trial in trials.values()] == [2] * 4
+    check_equal(runs.Run(trials["other/seed=1"].directory), apart)
+    again = work.execute(jobs, folder=tmp_path / "study", root=tmp_path / "trials", seeds_together=True)
+    for name, trial in again.items():
+        assert len(trial.provenance["sessions"]) == 1
+        assert trial.summary == trials[name].summary

@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from tests.tpu_scripts.cloud import SCRIPTS, ZONE, Cloud, option
 
 WORDS = ["--prompt", 'it\'s $(HOME) $$ "x" \\ a: b #c {{NAME}} &']
-TRAIN = ["llmlab", "train", "experiments/quickstart.py", *WORDS, "--out", "gs://bucket/runs/nano"]
+TRAIN = ["llmlab", "train", "experiments/quickstart.py", *WORDS, "--out", "/llmlab-buckets/bucket/runs/nano"]
 RUN = ["nano", "experiments/quickstart.py", *WORDS]
 
 
@@ -28,7 +29,8 @@ def test_xpk_submits_a_workload_that_restarts_after_42(cloud: Cloud):
     assert call[:-1] == [
         *["xpk", "workload", "create", "--workload", "nano", "--cluster", "pool", *ZONE],
         *["--project", "lab", "--tpu-type", "v6e-16", "--num-slices", "2", "--docker-image", "registry/llmlab"],
-        *["--max-restarts", "10", "--termination-grace-period-seconds", "120", "--command"],
+        *["--max-restarts", "10", "--termination-grace-period-seconds", "120", "--storage", "llmlab-bucket"],
+        "--command",
     ]
     assert shlex.split(expand_as_kubernetes_does(call[-1])) == TRAIN
 
@@ -41,6 +43,59 @@ def test_xpk_refuses_what_its_yaml_cannot_carry(cloud: Cloud):
 def test_xpk_deletes_the_run_alone(cloud: Cloud):
     assert cloud.run("xpk.sh", "--delete", "nano", CLUSTER="pool").returncode == 0
     assert cloud.calls() == [["xpk", "workload", "delete", "--workload", "nano", "--cluster", "pool", *ZONE]]
+
+
+def test_xpk_attaches_the_bucket_where_workloads_look_for_it(cloud: Cloud):
+    assert cloud.run("xpk.sh", "--attach", CLUSTER="pool", BUCKET="gs://my_lab.bucket/runs").returncode == 0
+    settings = {"CLUSTER": "pool", "IMAGE": "registry/llmlab", "BUCKET": "gs://my_lab.bucket/runs"}
+    assert cloud.run("xpk.sh", *RUN, **settings).returncode == 0
+    attach, create = cloud.calls()
+    assert attach[:4] == ["xpk", "storage", "attach", "llmlab-my-lab-bucket"]
+    assert (option(attach, "--type"), option(attach, "--bucket")) == ("gcsfuse", "my_lab.bucket")
+    assert (option(attach, "--readonly"), option(attach, "--auto-mount")) == ("false", "false")
+    assert option(attach, "--mount-options") == "implicit-dirs,metadata-cache:ttl-secs:0"
+    assert option(create, "--storage") == attach[3]
+    assert option(create, "--command").endswith(f" --out {option(attach, '--mount-point')}/runs/nano")
+
+
+def test_xpk_mounts_a_storage_of_the_users_own(cloud: Cloud):
+    settings = {"CLUSTER": "pool", "IMAGE": "i", "XPK_STORAGE": "filestore"}
+    assert cloud.run("xpk.sh", "nano", "e.py", "--out", "/shared/a b", **settings).returncode == 0
+    assert option(cloud.calls()[0], "--storage") == "filestore"
+    assert option(cloud.calls()[0], "--command") == "llmlab train e.py --out '/shared/a b'"
+
+
+def test_xpk_mounts_nothing_without_a_bucket(cloud: Cloud):
+    assert cloud.run("xpk.sh", *RUN, CLUSTER="pool", IMAGE="i", BUCKET="/shared").returncode == 0
+    assert "--storage" not in cloud.calls()[0]
+
+
+def test_xpk_refuses_a_bucket_whose_name_is_too_long_for_a_storage(cloud: Cloud):
+    result = cloud.run("xpk.sh", *RUN, CLUSTER="pool", IMAGE="i", BUCKET=f"gs://{'b' * 60}/runs")
+    assert (result.returncode, cloud.calls()) == (2, [])
+    assert "LLMLAB_XPK_STORAGE" in result.stderr
+
+
+# A name with a space, one that a shell would expand, one that leaves the mount, an address of another store.
+NO_BUCKETS = ["gs://two words/runs", "gs://$HOME/runs", "gs://../runs", "gs:///runs", "s3://bucket/runs"]
+
+
+@pytest.mark.parametrize("script", ["gke.sh", "xpk.sh", "sky.sh"])
+@pytest.mark.parametrize("address", NO_BUCKETS)
+def test_what_is_no_bucket_is_refused(cloud: Cloud, script: str, address: str):
+    result = cloud.run(script, "nano", "e.py", "--out", address, CLUSTER="pool", IMAGE="i")
+    assert (result.returncode, cloud.calls()) == (2, [])
+    assert "gs://BUCKET/PATH" in result.stderr
+
+
+@pytest.mark.parametrize("out", [["--out", "gs://lab/a $b/it's"], ["--out=gs://lab/a $b/it's"]])
+def test_a_path_in_the_bucket_arrives_as_it_is(cloud: Cloud, out: list[str]):
+    elsewhere = ["--initialize-from", "gs://lab/a $b/it's", "--name", "gs://lab/x"]
+    settings = {"CLUSTER": "pool", "IMAGE": "i"}
+    assert cloud.run("xpk.sh", "nano", "e.py", *elsewhere, *out, **settings).returncode == 0
+    words = shlex.split(expand_as_kubernetes_does(option(cloud.calls()[0], "--command")))
+    mounted = [word.replace("gs://", "/llmlab-buckets/") for word in out]
+    assert words == ["llmlab", "train", "e.py", *elsewhere, *mounted]
 
 
 def manifest(cloud: Cloud, *words: str, **settings: str) -> str:
@@ -73,6 +128,53 @@ def test_gke_creates_a_jobset_with_one_pod_per_host(cloud: Cloud):
     assert [expand_as_kubernetes_does(word) for word in container["command"]] == TRAIN
     assert container["image"] == "registry/llmlab:1"
     assert container["resources"] == {"limits": {"google.com/tpu": 4}}
+
+
+def pod_template(text: str) -> Any:
+    (slices,) = parsed(text)["spec"]["replicatedJobs"]
+    return slices["template"]["spec"]["template"]
+
+
+def test_gke_mounts_the_bucket_of_the_run(cloud: Cloud):
+    template = pod_template(manifest(cloud, *RUN, GKE_SERVICE_ACCOUNT="no: 1", BUCKET="gs://my_lab.bucket/runs"))
+    assert template["metadata"]["annotations"] == {
+        "gke-gcsfuse/volumes": "true",  # strings, as annotations must be
+        "gke-gcsfuse/cpu-limit": "0",
+        "gke-gcsfuse/memory-limit": "0",
+        "gke-gcsfuse/ephemeral-storage-limit": "0",
+    }
+    pod = template["spec"]
+    assert pod["serviceAccountName"] == "no: 1"
+    (volume,) = pod["volumes"]
+    assert volume["csi"] == {
+        "driver": "gcsfuse.csi.storage.gke.io",
+        "volumeAttributes": {
+            "bucketName": "my_lab.bucket",
+            "mountOptions": "implicit-dirs,metadata-cache:ttl-secs:0",
+            "hostNetworkPodKSA": "true",
+        },
+    }
+    (container,) = pod["containers"]
+    assert container["volumeMounts"] == [{"name": volume["name"], "mountPath": "/llmlab-buckets/my_lab.bucket"}]
+    assert container["command"][-2:] == ["--out", "/llmlab-buckets/my_lab.bucket/runs/nano"]
+
+
+def test_gke_pods_without_an_account_reach_the_bucket_as_their_node(cloud: Cloud):
+    pod = pod_template(manifest(cloud, *RUN))["spec"]
+    assert pod["volumes"][0]["csi"]["volumeAttributes"]["bucketName"] == "bucket"
+    assert "hostNetworkPodKSA" not in pod["volumes"][0]["csi"]["volumeAttributes"]
+    assert "serviceAccountName" not in pod
+
+
+def test_gke_mounts_nothing_without_a_bucket(cloud: Cloud):
+    text = manifest(cloud, *RUN, BUCKET="/shared")
+    template = pod_template(text)
+    assert "annotations" not in template["metadata"]
+    assert not {"volumes", "serviceAccountName"} & set(template["spec"])
+    (container,) = template["spec"]["containers"]
+    assert "volumeMounts" not in container
+    assert container["command"][-2:] == ["--out", "/shared/nano"]
+    assert "" not in [line.strip() for line in text.splitlines()]
 
 
 def test_gke_restarts_after_42_and_not_after_1_or_2(cloud: Cloud):
@@ -133,7 +235,8 @@ def test_sky_launches_a_managed_job(cloud: Cloud, accelerators: str, flags: list
     assert cloud.run("sky.sh", "--sky-accelerators", accelerators, "--sky-nodes", "2", *RUN).returncode == 0
     (call,) = cloud.calls()
     head = ["sky", "jobs", "launch", "--name", "nano", "--yes", "--detach-run", "--workdir", str(SCRIPTS.parent)]
-    assert call[:-2] == [*head, "--gpus", accelerators, *flags, "--env"]
+    bucket = ["--env", "LLMLAB_BUCKET_NAME=bucket"]
+    assert call[:-2] == [*head, "--gpus", accelerators, *flags, *bucket, "--env"]
     assert call[-1] == str(SCRIPTS / "sky" / task)
     variable, command = call[-2].split("=", 1)
     assert (variable, shlex.split(command)) == ("LLMLAB_COMMAND", TRAIN)
@@ -150,6 +253,32 @@ def test_sky_tasks_recover_from_42_alone(task: str):
     assert resources["job_recovery"]["recover_on_exit_codes"] == [42]
     assert resources["job_recovery"]["max_restarts_on_errors"] == 0
     assert resources["use_spot"] is True
+
+
+@pytest.mark.parametrize("task", ["tpu.yaml", "gpu.yaml"])
+def test_sky_tasks_mount_the_bucket_that_the_run_is_written_to(cloud: Cloud, task: str):
+    accelerators = "tpu-v6e-16" if task == "tpu.yaml" else "H100:8"
+    cloud.run("sky.sh", "--sky-accelerators", accelerators, *RUN, BUCKET="gs://my_lab.bucket/runs")
+    (call,) = cloud.calls()
+    variables = dict(word.split("=", 1) for flag, word in pairwise(call) if flag == "--env")
+    whole = parsed((SCRIPTS / "sky" / task).read_text())
+    assert set(whole["envs"]) == set(variables)  # null: SkyPilot insists that the launch sets them
+    name = variables["LLMLAB_BUCKET_NAME"]
+    # SkyPilot fills the variables of envs into file_mounts, and nowhere else.
+    (mount,) = json.loads(json.dumps(whole["file_mounts"]).replace("${LLMLAB_BUCKET_NAME}", name)).items()
+    place, bucket = mount
+    assert bucket == {"source": "gs://my_lab.bucket", "mode": "MOUNT"}
+    assert shlex.split(variables["LLMLAB_COMMAND"])[-2:] == ["--out", f"{place}/runs/nano"]
+
+
+def test_sky_refuses_to_write_a_run_to_a_disk_that_goes_with_the_machine(cloud: Cloud):
+    result = cloud.run("sky.sh", *RUN, BUCKET="/data")
+    assert (result.returncode, cloud.calls()) == (2, [])
+    assert "LLMLAB_SKY_TASK" in result.stderr
+    assert cloud.run("sky.sh", "--sky-task", "my own.yaml", *RUN, BUCKET="/data").returncode == 0
+    (call,) = cloud.calls()
+    assert call[-1] == "my own.yaml"
+    assert [word.split("=")[0] for flag, word in pairwise(call) if flag == "--env"] == ["LLMLAB_COMMAND"]
 
 
 @pytest.mark.parametrize(
@@ -187,14 +316,23 @@ def test_slurm_submits_one_task_per_gpu(cloud: Cloud):
         *["sbatch", "--job-name", "nano", "--nodes", "2", "--gpus-per-node", "4", "--ntasks-per-node", "4"],
         *["--cpus-per-task", "8", "--time", "24:00:00", "--output", "slurm-logs/%x-%j.out"],
         *["--export", "ALL,LLMLAB_MAX_RESTARTS=10", "--partition", "gpu", "--account", "lab"],
-        *[str(SCRIPTS / "slurm" / "train.sbatch"), *TRAIN],
+        *[str(SCRIPTS / "slurm" / "train.sbatch"), *TRAIN[:-1], "runs/nano"],
     ]
     assert (cloud.directory / "slurm-logs").is_dir()
 
 
-def test_slurm_without_a_bucket_uses_the_shared_file_system(cloud: Cloud):
-    cloud.run("slurm.sh", *RUN, BUCKET="")
-    assert option(cloud.calls()[0], "--out") == "runs/nano"
+@pytest.mark.parametrize(
+    ("bucket", "out"), [("", "runs/nano"), ("gs://bucket/runs", "runs/nano"), ("/shared/a b", "/shared/a b/nano")]
+)
+def test_slurm_writes_to_the_shared_file_system(cloud: Cloud, bucket: str, out: str):
+    cloud.run("slurm.sh", *RUN, BUCKET=bucket)
+    assert option(cloud.calls()[0], "--out") == out
+
+
+def test_slurm_refuses_a_bucket_that_nothing_mounts(cloud: Cloud):
+    result = cloud.run("slurm.sh", *RUN, "--out", "gs://bucket/x")
+    assert (result.returncode, cloud.calls()) == (2, [])
+    assert "directory that they all see" in result.stderr
 
 
 def test_the_sbatch_header_is_the_agreed_one():

@@ -1,6 +1,7 @@
 """Checkpoints come back bit for bit, or are set aside."""
 
 import dataclasses
+import errno
 import json
 import signal
 import subprocess
@@ -235,6 +236,25 @@ def test_what_killed_saves_and_deletions_leave_is_removed(
         (leftover / "params").mkdir(parents=True)
     assert open_checkpoints().steps() == []
     assert not any(leftover.exists() for leftover in leftovers)
+
+
+def test_a_place_that_renames_no_directories_is_refused_before_anything_is_trained(
+    open_checkpoints: Callable[..., Checkpoints], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    renames = Path.rename
+
+    def rename_in_a_flat_bucket(path: Path, target: Path) -> Path:
+        if path.is_dir() and any(path.iterdir()):
+            raise OSError(errno.EMFILE, "Too many open files")  # gcsfuse, for directories above --rename-dir-limit
+        return renames(path, target)
+
+    open_checkpoints()
+    assert list((tmp_path / "checkpoints").iterdir()) == []  # the trial leaves nothing
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename_in_a_flat_bucket)
+        with pytest.raises(ValueError, match=r"Too many open files.*--enable-hierarchical-namespace"):
+            open_checkpoints()
+    assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
 def test_a_whole_checkpoint_of_another_model_is_an_error_and_stays_where_it_is(

@@ -179,7 +179,7 @@ def test_a_few_steps_on_one_batch_lower_its_loss(case: str, files: Path, tmp_pat
     program = Program.build(model, objective, experiment.optimizer, mesh, experiment.train, batch)
     assert model.flops(program.shapes) > 0
     state, losses = program.initialise(None), []
-    step = jax.jit(program.train_step)
+    step = program.train_step
     for _ in range(STEPS):
         state, metrics = step(state, program.place(batch))
         losses.append(float(metrics["train/loss"]))

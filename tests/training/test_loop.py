@@ -125,6 +125,15 @@ def test_every_step_is_made_and_evaluations_come_before_saves(make_harness: Call
     assert harness.checkpoints.meta == {3: {}, 6: {"validation/loss": 0.5}}
 
 
+def test_the_lines_up_to_a_checkpoint_are_put_on_disk_before_it(make_harness: Callable[..., Harness]) -> None:
+    harness = make_harness()
+    harness.log.sync = lambda: harness.events.append(("lines on disk", len(harness.lines)))
+    harness.run()
+    before_saves = [harness.events[i - 1] for i, event in enumerate(harness.events) if event[0] == "save"]
+    steps_and_evaluations = (3 + 1, 6 + 3)
+    assert before_saves == [("lines on disk", lines) for lines in steps_and_evaluations]
+
+
 def test_a_resumed_loop_continues_with_the_batch_after_its_last(make_harness: Callable[..., Harness]) -> None:
     harness = make_harness()
     harness.run(start=4)

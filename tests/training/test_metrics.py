@@ -2,6 +2,7 @@ import json
 import math
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -129,3 +130,43 @@ def test_tensorboard_is_told_to_drop_what_was_cut_back(tmp_path: Path) -> None:
     # TensorBoard drops points at or after the step of a START mark.
     assert (events[mark].session_log.status, events[mark].step) == (events[mark].session_log.START, 3)
     assert {event.step for event in events[mark + 1 :]} == {3}
+
+
+class Bucket:
+    """A mounted bucket, as far as one file goes: what is written to it is there when the file is closed, not before."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+        self.path, self.stored = path, b""
+        opens = Path.open
+
+        def open_and_note(target: Path, *arguments: Any, **settings: Any) -> Any:
+            file = opens(target, *arguments, **settings)
+            if target == path and file.writable():
+                closes = file.close
+
+                def close() -> None:
+                    closes()
+                    self.stored = path.read_bytes()
+
+                file.close = close
+            return file
+
+        monkeypatch.setattr(Path, "open", open_and_note)
+
+    def lose_the_machine(self) -> None:
+        self.path.write_bytes(self.stored)
+
+
+def test_records_before_a_sync_survive_a_lost_machine_whose_files_were_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket = Bucket(monkeypatch, tmp_path / "metrics.jsonl")
+    log = MetricsLog(tmp_path, tensorboard=False)
+    for step in (1, 2):
+        log.write(record(step))
+    assert bucket.stored == b""
+    log.sync()
+    log.write(record(3))
+    bucket.lose_the_machine()
+    assert read_metrics(tmp_path) == [record(1), record(2)]
+    log.close()

@@ -120,11 +120,9 @@ def learning_rates(results: dict[str, Any], decimals: int) -> Html | None:
         ),
     )
     costs = [
-        element(
-            "li", arm["name"], ": ", fixed(arm["learning_rate_sensitivity"]["value"], decimals), words.unit(results)
-        )
+        element("li", arm["name"], ": ", fixed(found["value"], decimals), words.unit(results))
         for _, arm in tuned
-        if arm.get("learning_rate_sensitivity")
+        if (found := arm.get("learning_rate_sensitivity"))
     ]
     sensitivity = "Lost on average over the grid by not using the best rate (learning-rate sensitivity):"
     heads = [("Arm", False), ("Learning rate", True), (title, True), ("Chosen", False)]

@@ -189,6 +189,7 @@ def _statistics(results: dict[str, Any], decimals: int) -> Html:
 
 
 def _seeds(results: dict[str, Any], decimals: int) -> Html:
+    decimals = max(decimals, 3)  # a wide interval says little of how precise a run is
     arms = results["arms"]
     heads = [("Seed", False)]
     for arm in arms:

@@ -68,9 +68,11 @@ def finding(results: dict[str, Any], comparison: dict[str, Any]) -> Sentence:
     seeds = f" on average over {count} seeds" if count > 1 else " in its one seed"
     better = (difference < 0) == (results["direction"] == "lower")
     size = fixed(abs(difference), shown)
-    if not size.strip("0."):
-        what: Sentence = [" does not differ from the baseline to ", str(shown), " decimals"]
+    if difference == 0:
+        what: Sentence = [" equals the baseline exactly"]
     else:
+        if not size.strip("0."):
+            size = f"{abs(difference):.1g}"
         size = Shown(size, difference)  # shown without its sign, which "better" and "worse" tell
         what = [" is ", size, unit(results), f" {'better' if better else 'worse'} than the baseline"]
     bounds = (
@@ -90,10 +92,14 @@ def outcome(results: dict[str, Any], comparison: dict[str, Any]) -> Sentence:
     """What follows: "That supports the claim that it is at most 0.01 nats per token worse than the baseline."."""
     if results.get("withheld"):
         return ["The verdict is withheld: the arms do not match."]
+    if comparison["difference"] is None:
+        return [f"{comparison['reason'][:1].upper()}{comparison['reason'][1:]}."]
     sentence: Sentence = [_OUTCOME[comparison["verdict"]], " that it is ", *claim(results, comparison)]
     if comparison["verdict"] != "inconclusive":
         return [*sentence, "."]
     needed = comparison["seeds_to_settle"]
+    if num_seeds(results, comparison) == 1:
+        return [*sentence, "; one seed cannot."]
     if needed is None:
         return [*sentence, "; no affordable number of seeds would."]
     return [*sentence, "; about ", Shown(str(needed), needed), " seeds would."]
