@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 XAxis = Literal["step", "tokens", "seconds"]
 
-# Okabe and Ito (2008), without yellow, which is faint on white.
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Okabe and Ito (2008), without yellow, which is faint on white."""
 _X_LABELS: dict[XAxis, str] = {
     "step": "optimizer step",
     "tokens": "tokens seen",
@@ -97,7 +97,7 @@ def draw_curves(
     from matplotlib.figure import Figure
 
     panels = [list(group) for _, group in itertools.groupby(sorted(keys, key=_unit_order(keys)), key=_unit)]
-    with matplotlib.style.context(_STYLE):
+    with matplotlib.style.context(STYLE):
         longest = max(len(run.name) for run in runs) * (len(runs) > 1) + 18  # characters beside the panels
         most = len(runs) * max(map(len, panels)) + 2  # labels beside one panel
         height = max(3.4 if len(panels) == 1 else 2.6, _INCHES_PER_LABEL * most)
@@ -113,7 +113,7 @@ def draw_curves(
             axes[0].set_title(runs[0].name, loc="left")
         figure.draw_without_rendering()  # settles the size of the panels
         for panel, beside in zip(axes, labels, strict=True):
-            _place_labels(panel, beside)
+            place_labels(panel, beside)
     return figure
 
 
@@ -126,15 +126,15 @@ def save_figure(figure: "Figure", path: Path) -> None:
 
 
 @dataclass
-class _Label:
-    """A text beside the right edge of a panel."""
+class Label:
+    """A text beside the right edge of a panel, at the height `y` of the data."""
 
     text: str
     color: str
     y: float
 
 
-_STYLE: dict[str, Any] = {
+STYLE: dict[str, Any] = {
     "font.size": 10,
     "axes.titlesize": 11,
     "axes.titleweight": "bold",
@@ -154,13 +154,14 @@ _STYLE: dict[str, Any] = {
     "lines.solid_capstyle": "round",
     "savefig.facecolor": "white",
 }
+"""matplotlib settings of every figure."""
 
 
 def _draw_panel(
     axes: "Axes", runs: Sequence[RunCurves], keys: Sequence[str], *, x: XAxis, log_y: bool, smooth: int | None
-) -> list[_Label]:
-    labels: list[_Label] = []
-    colors = itertools.cycle(_COLORS)
+) -> list[Label]:
+    labels: list[Label] = []
+    colors = itertools.cycle(COLORS)
     drawn: list[tuple[Any, Any]] = []
     right = 0.0
     for run in runs:
@@ -175,7 +176,7 @@ def _draw_panel(
             drawn.append((xs, ys))
             right = max(right, float(xs[-1]))
             if len(last := shown[np.isfinite(shown)]):
-                labels.append(_Label(_label(run, key, keys, len(runs), float(last[-1])), color, float(last[-1])))
+                labels.append(Label(_label(run, key, keys, len(runs), float(last[-1])), color, float(last[-1])))
     if _unit(keys[0]) == "loss":
         labels += _draw_baselines(axes, runs)
     axes.set_ylabel(_y_label(runs, keys[0]))
@@ -242,17 +243,17 @@ def _window(run: RunCurves, key: str, steps: int) -> int:
     return round(steps * (len(with_key) - 1) / max(1, with_key[-1] - with_key[0]))
 
 
-def _draw_baselines(axes: "Axes", runs: Sequence[RunCurves]) -> list[_Label]:
+def _draw_baselines(axes: "Axes", runs: Sequence[RunCurves]) -> list[Label]:
     """Dashed lines: grey where all runs share them, else in the run's colour."""
     labels = []
-    known = [(run, color) for run, color in zip(runs, itertools.cycle(_COLORS)) if run.baselines]
+    known = [(run, color) for run, color in zip(runs, itertools.cycle(COLORS)) if run.baselines]
     shared = all(_same(run.baselines, known[0][0].baselines) for run, _ in known)
     for run, color in known[:1] if shared else known:
         for name, value in run.baselines.items():
             shade = "#777777" if shared else color
             axes.axhline(value, color=shade, linestyle=(0, (5, 3)), linewidth=1.0, zorder=1.5)
             whose = name if shared else f"{run.name}, {name}"
-            labels.append(_Label(f"{whose} {value:.2f}", shade, value))
+            labels.append(Label(f"{whose} {value:.2f}", shade, value))
     return labels
 
 
@@ -269,7 +270,7 @@ def _label(run: RunCurves, key: str, keys: Sequence[str], num_runs: int, value: 
     return f"{run.name}, {metric} {number}" if len(keys) > 1 else f"{run.name} {number}"
 
 
-def _limit(axes: "Axes", drawn: Sequence[tuple[Any, Any]], labels: Sequence[_Label]) -> None:
+def _limit(axes: "Axes", drawn: Sequence[tuple[Any, Any]], labels: Sequence[Label]) -> None:
     """A linear axis from the lowest loss to the highest after the first steps, baselines included."""
     late = [ys[xs >= _WARM_PART * xs[-1]] for xs, ys in drawn]
     values = np.concatenate([*late, [label.y for label in labels]])
@@ -291,7 +292,7 @@ def _log_scale(axes: "Axes") -> None:
         axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _place_labels(axes: "Axes", labels: Sequence[_Label], gap: float = 13.0) -> None:
+def place_labels(axes: "Axes", labels: Sequence[Label], gap: float = 13.0) -> None:
     """Writes labels beside the right edge at their heights, moved apart where they would overlap.
 
     `gap` is the least distance of two baselines in points.
