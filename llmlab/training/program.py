@@ -61,7 +61,7 @@ class Program:
         """The program, not yet compiled; of `batch`, a global batch, only names, shapes and types matter. Allocates
         nothing."""
         graphdef, shapes, axes = model.abstract()
-        transformation = optimizer.build(axes, train.steps)
+        transformation = optimizer.build(axes, train.steps, growth=model.width_growth)
         kind: dict[str, Any] = {"precision": train.precision, "ema": optimizer.ema is not None}
         unplaced = jax.eval_shape(lambda params: new_state(params, transformation, **kind), shapes)
         layout = Layout.of(unplaced, axes, placement, offload_optimizer=train.offload_optimizer)
