@@ -105,7 +105,7 @@ class Experiment:
         return []
 
     def _vocabulary_problems(self) -> list[str]:
-        rows, size = self.model.vocab_size, _known_size(self.tokenizer)
+        rows, size = self.model.vocab_size, known_size(self.tokenizer)
         if rows is not None and size is not None and rows < size:
             return [
                 f"model.vocab_size={rows} is less than the tokenizer's {size} tokens; use at least {size}, or None for "
@@ -191,7 +191,7 @@ class Experiment:
         return []
 
 
-def _known_size(tokenizer: TokenizerConfig) -> int | None:
+def known_size(tokenizer: TokenizerConfig) -> int | None:
     """Size of the vocabulary where the config alone tells it; training checks the others once they are built."""
     match tokenizer:
         case Bytes():
