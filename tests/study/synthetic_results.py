@@ -1,5 +1,6 @@
 """Results of studies that nobody ran, with the noise and accidents of real ones; numbers by NumPy and SciPy alone."""
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -77,9 +78,14 @@ def ablation(
         "arms": arms,
         "comparisons": comparisons,
         "mismatches": [],
+        "exploratory": None,
+        "withheld": False,
+        "remarks": [],
+        "diverged_value": {"value": math.log(1024), "source": "the uniform guess"} if diverged else None,
         "factorial": None,
         "problems": [],
-        "provenance": ENVIRONMENT | {"runs": [run | {"arm": arm["name"]} for arm in arms for run in arm["runs"]]},
+        "provenance": copy.deepcopy(ENVIRONMENT)
+        | {"runs": [run | {"arm": arm["name"]} for arm in arms for run in arm["runs"]]},
     }
 
 
@@ -161,9 +167,9 @@ def sweep(trials: int = 40, random_seed: int = 2, axes: int = 3) -> Results:
         "unit": "nats per token", "command": "llmlab sweep experiments/rates.py --trials 40 --sampler random",
         "file": "experiments/rates.py", "date": "2026-11-26T02:10:00+00:00", "axes": every, "trials": done,
         "importance": importance,
-        "best": {"number": best["number"], "value": best["value"], "point": best["point"],
+        "best": {"number": best["number"], "value": best["value"], "point": dict(best["point"]),
                  "command": f"llmlab train experiments/rates.py {flags}"},
-        "problems": [], "provenance": ENVIRONMENT,
+        "problems": [], "provenance": copy.deepcopy(ENVIRONMENT),
     }  # fmt: skip
 
 
@@ -187,6 +193,8 @@ def _comparison(name: str, d: np.ndarray, claim: str, margin: float, sign: int, 
     return {
         "arm": name,
         "claim": claim,
+        "margin": margin,
+        "level": 0.95,
         "difference": mean,
         "interval": [mean - 0.9 * half, mean + 0.92 * half],
         "interval_method": "BCa",
@@ -195,6 +203,8 @@ def _comparison(name: str, d: np.ndarray, claim: str, margin: float, sign: int, 
         "p_sign_flip": 0.0625,
         "p_claim": p_for,
         "p_holm": holm[0],
+        "p_against": p_against,
+        "p_against_holm": holm[1],
         "p_equivalence": max(1 - above(margin), above(-margin)),
         "minimum_detectable_effect": 3.2 * error,
         "verdict": verdict,
@@ -207,7 +217,7 @@ def _comparison(name: str, d: np.ndarray, claim: str, margin: float, sign: int, 
 
 def _arm(name: str, place: int, values: np.ndarray, diverged: list[int], rng: Any, rates: Sequence[float]) -> Results:
     steps = list(range(0, 601, 25))
-    end = float(np.delete(values, diverged).mean())
+    end = float(np.delete(values, diverged).mean()) if len(diverged) < len(values) else 6.0
     mean = [end + 4.4 * math.exp(-step / 70) + 0.35 * math.exp(-step / 300) - 0.05 for step in steps]
     band = [0.06 * math.exp(-step / 200) + 0.012 for step in steps]
     runs = []
@@ -235,6 +245,7 @@ def _arm(name: str, place: int, values: np.ndarray, diverged: list[int], rng: An
         "changes": [] if name == "baseline" else changes,
         "learning_rate": 3e-3 if rates else None,
         "learning_rates": grid or None,
+        "learning_rate_sensitivity": {"value": 0.0123, "best_rate": 3e-3, "at_edge": False} if grid else None,
         "achieved": {
             "tokens": 1228800.0,
             "parameters": 1054720 - 640 * place,

@@ -1,5 +1,8 @@
 """An ablation's figures as PNG, for Markdown, slides and papers: what the page draws, drawn by matplotlib."""
 
+import textwrap
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,17 +26,26 @@ _INK, _SOFT = "#1c1e22", "#575d66"
 
 def draw(results: dict[str, Any], folder: Path) -> list[Path]:
     """Writes effects.png, curves.png and, for a factorial, interaction.png, as far as there is something to draw."""
+    figures: dict[str, Callable[[], Figure]] = {}
+    if results["comparisons"]:
+        figures["effects.png"] = lambda: _effects(results)
+    if curves := ablation_page.series(results):
+        figures["curves.png"] = lambda: _curves(results, curves)
+    if results["factorial"] is not None:
+        figures["interaction.png"] = lambda: _interaction(results)
+    return drawn_in(folder, figures)
+
+
+def drawn_in(folder: Path, figures: "Mapping[str, Callable[[], Figure]]") -> list[Path]:
+    """Draws each figure in llmlab's style and writes it under its name; returns the files."""
     import matplotlib.style
 
-    written = []
-    with matplotlib.style.context(STYLE):
-        if results["comparisons"]:
-            written.append(_save(_effects(results), folder / "effects.png"))
-        if curves := ablation_page.series(results):
-            written.append(_save(_curves(results, curves), folder / "curves.png"))
-        if results["factorial"] is not None:
-            written.append(_save(_interaction(results), folder / "interaction.png"))
-    return written
+    with matplotlib.style.context(STYLE), warnings.catch_warnings():
+        # A name may hold what the font lacks: a box stands for it in the image, and the page and Markdown have it.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        for name, make in figures.items():
+            save_figure(make(), folder / name)
+    return [folder / name for name in figures]
 
 
 def color_of(place: int) -> str:
@@ -42,14 +54,12 @@ def color_of(place: int) -> str:
     return _INK if place == 0 else palette[(place - 1) % len(palette)]
 
 
-def literal(text: str) -> str:
-    """A text that matplotlib shows as it is: dollars would begin mathematics, line breaks would shift the rest."""
-    return " ".join(text.split()).replace("\\", "\\\\").replace("$", r"\$") if "$" in text else " ".join(text.split())
-
-
-def _save(figure: "Figure", path: Path) -> Path:
-    save_figure(figure, path)
-    return path
+def literal(text: str, most: int = 40, *, width: int | None = None) -> str:
+    """A text as matplotlib shows it unchanged: dollars would begin mathematics. Cut to `most` characters, since names
+    beside a panel take its room; broken into lines of `width`."""
+    plain = " ".join(text.split())
+    plain = plain if len(plain) <= most else f"{plain[: most - 1]}\N{HORIZONTAL ELLIPSIS}"
+    return (plain if width is None else textwrap.fill(plain, width)).replace("$", r"\$")
 
 
 def _effects(results: dict[str, Any]) -> "Figure":
@@ -64,7 +74,7 @@ def _effects(results: dict[str, Any]) -> "Figure":
     axes.axvline(0, color=_INK, linewidth=1)
     axes.set_xlim(scale.low, scale.high)
     axes.set_ylim(-len(drawn) + 0.4, 0.6)
-    axes.set_yticks([-place for place in range(len(drawn))], [literal(row.name) for row in drawn])
+    axes.set_yticks([-place for place in range(len(drawn))], [literal(row.name, width=22) for row in drawn])
     axes.tick_params(axis="y", length=0)
     axes.grid(visible=False)
     axes.spines["left"].set_visible(False)
@@ -72,7 +82,8 @@ def _effects(results: dict[str, Any]) -> "Figure":
     unit = f" ({results['unit']})" if results["unit"] else ""
     what = literal(f"difference of {results['metric']}{unit}")
     axes.set_xlabel(f"\N{LEFTWARDS ARROW} {left}      {what}      {right} \N{RIGHTWARDS ARROW}")
-    axes.set_title(literal(f"{results['verdict'].capitalize()}: {results['hypothesis']}"), loc="left", wrap=True)
+    title = f"{results['verdict'].capitalize()}: {results['hypothesis']}"
+    axes.set_title(literal(title, 240, width=80), loc="left")
     return figure
 
 
@@ -170,7 +181,7 @@ def _curve(axes: "Axes", curve: Series, decimals: int) -> Label:
     if banded:
         steps, lows, highs = zip(*banded, strict=True)
         axes.fill_between(steps, lows, highs, color=color, alpha=0.15, linewidth=0)
-    return Label(literal(f"{curve.name} {fixed(known[-1][1], decimals)}"), color, known[-1][1])
+    return Label(f"{literal(curve.name, 30)} {fixed(known[-1][1], decimals)}", color, known[-1][1])
 
 
 def _interaction(results: dict[str, Any]) -> "Figure":

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from llmlab.study.report import charts, words
+from llmlab.study.report import ablation_details, charts, words
 from llmlab.study.report.ablation_results import BASELINE, differences
 from llmlab.study.report.factorial import factorial_section
 from llmlab.study.report.forest import forest, margin_of
@@ -16,12 +16,9 @@ from llmlab.study.report.numbers import (
     general,
     interval,
     p_value,
-    percent,
-    quantity,
     signed,
-    time,
 )
-from llmlab.study.report.page import alert, code, facts, folded, moment, page, plain, problems, section, table, tree
+from llmlab.study.report.page import alert, code, facts, folded, moment, page, problems, section, table
 from llmlab.study.report.scales import Scale
 
 MAGNIFIED = 0.5
@@ -39,16 +36,18 @@ def render(results: dict[str, Any]) -> str:
         factorial_section(results, decimals),
         _seeds(results, decimals),
         _curves(results, decimals),
-        _changes(results),
-        _matched(results),
-        _learning_rates(results, decimals),
-        _speed(results),
+        ablation_details.changes(results),
+        ablation_details.matched(results),
+        ablation_details.learning_rates(results, decimals),
+        ablation_details.speed(results),
         section("Methods", *map(_paragraph, words.methods(results)), anchor="methods"),
         problems(results["problems"]),
-        _runs(results, decimals),
+        ablation_details.runs(results, decimals),
         foot=[
-            "Made from results.json alone. Again, with the runs that exist already reused:",
-            code(results["command"]),
+            "Made from results.json alone.",
+            [" Again, with the runs that exist already reused:", code(results["command"])]
+            if results["command"]
+            else None,
         ],
     )
 
@@ -73,8 +72,15 @@ def _first_screen(results: dict[str, Any], decimals: int) -> Html:
     loud = []
     if results["mode"] == "sequential" and notice is not None:
         loud.append(alert(*notice, note=True))
-    if results["mismatches"] and results["acknowledged"] is not None:
-        loud.append(alert("Acknowledged mismatch", results["acknowledged"], note=True))
+    if results.get("withheld"):
+        loud.append(alert("Verdict withheld", results["reason"].removeprefix("withheld: ")))
+    elif results["mismatches"]:
+        acknowledged = results["acknowledged"]
+        title = "Acknowledged mismatch" if acknowledged else "Mismatch"
+        loud.append(alert(title, acknowledged or "Not acknowledged.", note=bool(acknowledged)))
+    if remarks := results.get("remarks"):
+        items = element("ul", *(element("li", remark) for remark in remarks), class_="notes")
+        loud.append(alert("Before believing the numbers", items, note=True))
     if gone := words.diverged(results):
         loud.append(alert("Diverged seeds", *(element("div", sentence) for sentence in gone), note=True))
     if count := len(results["problems"]):
@@ -128,7 +134,7 @@ def _comparisons(results: dict[str, Any], decimals: int) -> Html:
                     *start,
                     signed(comparison["difference"], decimals),
                     interval(comparison["interval"], decimals),
-                    words.p_values(comparison),
+                    p_value(words.deciding_p(comparison)),
                     element("span", comparison["verdict"], class_=f"verdict {comparison['verdict']}"),
                 ],
                 "",
@@ -142,13 +148,10 @@ def _comparisons(results: dict[str, Any], decimals: int) -> Html:
         )
         for c in results["comparisons"]
     ]
-    caption = (
-        "Each arm against the baseline, differences paired by seed. p is of the test for the claim: a refutation rests "
-        "on the opposite test, whose p is in the reason below."
-    )
     return section(
         "Comparisons",
-        table(heads, rows, caption=caption),
+        element("p", words.P_NOTE, class_="lede"),
+        table(heads, rows, caption="Each arm against the baseline, differences paired by seed"),
         element("ul", *reasons, class_="notes", style="margin-top: 1.2rem"),
         folded("Every statistic", _statistics(results, decimals)),
         anchor="comparisons",
@@ -164,7 +167,7 @@ def _statistics(results: dict[str, Any], decimals: int) -> Html:
     every = results["comparisons"]
     level = words.level(results)
     rows = [
-        row("Claim", (words.claim(results, c) for c in every)),
+        row("Claim", (c["claim"] for c in every)),
         row("Margin", (general(margin_of(results, c)) for c in every)),
         row("Difference", (signed(c["difference"], decimals) for c in every)),
         row(
@@ -173,6 +176,8 @@ def _statistics(results: dict[str, Any], decimals: int) -> Html:
         row(f"{level} t interval", (interval(c["t_interval"], decimals) for c in every)),
         row("p of the claim's test", (p_value(c["p_claim"]) for c in every)),
         row("the same after Holm", (p_value(c["p_holm"]) for c in every)),
+        row("p of the opposite test", (p_value(c.get("p_against")) for c in every)),
+        row("the opposite after Holm", (p_value(c.get("p_against_holm")) for c in every)),
         row("p, paired t (two-sided)", (p_value(c["p_t"]) for c in every)),
         row("p, sign flips (two-sided)", (p_value(c["p_sign_flip"]) for c in every)),
         row("p, equivalence (TOST)", (p_value(c["p_equivalence"]) for c in every)),
@@ -183,6 +188,7 @@ def _statistics(results: dict[str, Any], decimals: int) -> Html:
 
 
 def _seeds(results: dict[str, Any], decimals: int) -> Html:
+    decimals = max(decimals, 3)  # a wide interval says little of how precise a run is
     arms = results["arms"]
     heads = [("Seed", False)]
     for arm in arms:
@@ -257,7 +263,7 @@ def _curves(results: dict[str, Any], decimals: int) -> Html | None:
         "overlap although the arms differ in every seed: the pairing, which the comparison uses, is not in them."
     )
     title = words.metric(results)
-    figures = []
+    parts = []
     for start, tall, said in ((0.0, 250, ""), (MAGNIFIED, 300, "The second half, magnified. ")):
         x, y = curve_scales(drawn, start)
         part = from_step(drawn, x.low)
@@ -267,180 +273,6 @@ def _curves(results: dict[str, Any], decimals: int) -> Html | None:
         chart = charts.curves(
             part, x=x, y=y, x_title="optimizer steps", y_title=f"{said}{title}", summary=summary, tall=tall
         )
-        figures.append(element("figure", chart))
-    return section("Learning curves", *figures, element("figcaption", caption), anchor="curves")
-
-
-def _changes(results: dict[str, Any]) -> Html:
-    rows = []
-    for arm in results["arms"][1:]:
-        for place, change in enumerate(arm["changes"]):
-            before, after = (plain(change[side]) for side in ("baseline", "variant"))
-            cells = [arm["name"] if place == 0 else element("span", arm["name"], class_="sr")]
-            cells += [element("code", change["path"]), element("code", before), element("code", after)]
-            rows.append((cells, ""))
-    heads = [("Arm", False), ("Setting", False), ("Baseline", False), ("Variant", False)]
-    if not rows:
-        return section(
-            "What differed", element("p", "Nothing: the arms have the same configuration."), anchor="changes"
-        )
-    lede = element("p", "Computed from the resolved configurations of the arms; nothing else differed.", class_="lede")
-    return section("What differed", lede, table(heads, rows, caption="Configuration differences"), anchor="changes")
-
-
-def _matched(results: dict[str, Any]) -> Html:
-    match = results["match"]
-    names = ("tokens", "parameters", "flops", "seconds")
-    heads = [("Arm", False)]
-    for name in names:
-        heads.append((f"{name}{' (matched)' if name == match else ''}", True))
-    base = results["arms"][0]["achieved"]
-    wrong = {(item["arm"], item["quantity"]) for item in results["mismatches"]}
-    rows = []
-    for arm in results["arms"]:
-        cells: list[Any] = [arm["name"]]
-        for name in names:
-            value = arm["achieved"][name]
-            shown = time(value) if name == "seconds" else quantity(value)
-            cell: list[Any] = [shown]
-            if arm["name"] != BASELINE and value is not None and base[name]:
-                cell.append(element("small", percent(value / base[name] - 1)))
-            if (arm["name"], name) in wrong:
-                cell.append(element("small", element("strong", "mismatch")))
-            cells.append(cell)
-        rows.append((cells, "base" if arm["name"] == BASELINE else ""))
-    lede: list[Any] = [
-        f"Arms are matched by {match}, within ",
-        percent(results["tolerance"])[1:] if results["tolerance"] else "0%",
-        ".",
-    ]
-    if results["mismatches"] and results["acknowledged"] is None:
-        lede.append(" The mismatch was not acknowledged.")
-    reason = None
-    if results["acknowledged"] is not None:
-        reason = element("p", "Acknowledged mismatch: ", results["acknowledged"])
-    return section(
-        "Matched quantities",
-        element("p", *lede, class_="lede"),
-        table(heads, rows, caption="What each arm used, a run; small: relative to the baseline"),
-        reason,
-        anchor="matched",
-    )
-
-
-def _learning_rates(results: dict[str, Any], decimals: int) -> Html | None:
-    tuned = [(place, arm) for place, arm in enumerate(results["arms"]) if arm["learning_rates"]]
-    if not tuned:
-        return None
-    drawn, rows = [], []
-    for place, arm in tuned:
-        grid = sorted(arm["learning_rates"], key=lambda point: point["rate"])
-        means = [_mean(point["values"]) for point in grid]
-        drawn.append(charts.Series(name=arm["name"], x=[p["rate"] for p in grid], y=means, color=place))
-        for point, mean in zip(grid, means, strict=True):
-            chosen = point["rate"] == arm["learning_rate"]
-            cells = [arm["name"], general(point["rate"]), fixed(mean, decimals), "chosen" if chosen else ""]
-            rows.append((cells, "picked" if chosen else ""))
-    x = Scale.over([rate for curve in drawn for rate in curve.x], log=True)
-    y = Scale.over([value for curve in drawn for value in curve.y])
-    title = f"{results['metric']}, mean over seeds"
-    figure = element(
-        "figure",
-        charts.curves(
-            drawn,
-            x=x,
-            y=y,
-            x_title="learning rate",
-            y_title=title,
-            summary="The metric against the learning rate by arm",
-        ),
-    )
-    heads = [("Arm", False), ("Learning rate", True), (title, True), ("", False)]
-    return section(
-        "Learning rates",
-        figure,
-        folded("As a table", table(heads, rows, caption="The grid of every arm")),
-        anchor="rates",
-    )
-
-
-def _mean(values: list[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
-
-
-def _speed(results: dict[str, Any]) -> Html | None:
-    rows = []
-    for c in results["comparisons"]:
-        speed_up = c["speed_up"]
-        if not speed_up or speed_up.get("ratio") is None:
-            continue
-        bound = speed_up.get("bound", "exact")
-        bounds = speed_up.get("interval")
-        shown = [] if bounds is None else ["[", fixed(bounds[0], 2), ", ", fixed(bounds[1], 2), "]"]
-        target = (c["steps_to_target"] or speed_up.get("baseline") or {}).get("target")
-        cells = [
-            c["arm"],
-            general(target),
-            ["" if bound == "exact" else f"{bound} ", fixed(speed_up["ratio"], 2), "×"],
-            shown,
-        ]
-        rows.append((cells, ""))
-    if not rows:
-        return None
-    heads = [("Arm", False), ("Target", True), ("Speed-up in steps", True), (f"{words.level(results)} interval", True)]
-    lede = "Steps of the baseline over steps of the variant until the target; above 1 the variant gets there sooner."
-    return section(
-        "Steps to target",
-        element("p", lede, class_="lede"),
-        table(heads, rows, caption="Speed-up by variant"),
-        anchor="speed",
-    )
-
-
-def _runs(results: dict[str, Any], decimals: int) -> Html:
-    heads = [
-        ("Run", False),
-        ("Seed", True),
-        ("Status", False),
-        (results["metric"], True),
-        ("Learning rate", True),
-        ("Time", True),
-        ("Tokens/s", True),
-        ("Config", False),
-        ("Code", False),
-        ("Directory", False),
-    ]
-    rows = []
-    for arm in results["arms"]:
-        for run in arm["runs"]:
-            cells = [
-                arm["name"],
-                Shown(str(run["seed"]), run["seed"]),
-                run["status"],
-                fixed(run["value"], decimals),
-                general(run["learning_rate"]),
-                time(run["seconds"]),
-                quantity(run["tokens_per_second"]),
-                element("code", run["config_hash"][:12]),
-                element("code", (run["code"] or NOTHING)[:16]),
-                element("code", run["directory"]),
-            ]
-            rows.append((cells, "" if run["status"] == "finished" else "odd"))
-    shared = {key: value for key, value in results["provenance"].items() if key != "runs"}
-    every = {}
-    for place, run in enumerate(results["provenance"].get("runs") or []):
-        named = run.get("name") or run.get("hash") or run.get("config_hash") if isinstance(run, dict) else None
-        every[str(named or place) if str(named or place) not in every else f"{named} ({place})"] = run
-    return section(
-        "Provenance",
-        element(
-            "p",
-            ["Study file ", element("code", results["file"]), ", run by ", element("code", results["command"]), "."],
-            class_="lede",
-        ),
-        folded(f"All {len(rows)} runs", table(heads, rows, caption="Every run of the study", sortable=True)),
-        folded("Environment", tree(shared)) if shared else None,
-        folded("Provenance by run", tree(every)) if every else None,
-        anchor="provenance",
-    )
+        parts.append(element("div", chart, class_="part"))
+    figure = element("figure", *parts, element("figcaption", caption))
+    return section("Learning curves", figure, anchor="curves")

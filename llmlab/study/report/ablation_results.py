@@ -11,11 +11,13 @@ from typing import Any
 from llmlab.study.report.schema import (
     Faults,
     anything,
+    flag,
     load,
     mapping,
     nullable,
     number,
     one_of,
+    optional,
     pair,
     text,
     whole,
@@ -34,6 +36,7 @@ _arm = {
     "changes": [{"path": text, "baseline": anything, "variant": anything}],
     "learning_rate": nullable(number),
     "learning_rates": nullable([{"rate": number, "values": [nullable(number)]}]),
+    "learning_rate_sensitivity": optional(nullable({"value": number})),
     "achieved": _quantities,
     "values": [nullable(number)],
     "mean": nullable(number),
@@ -75,8 +78,18 @@ _comparison = {
     "verdict": one_of(*VERDICTS),
     "reason": text,
     "seeds_to_settle": nullable(whole),
-    "steps_to_target": nullable(mapping(anything)),
-    "speed_up": nullable(mapping(anything)),
+    "margin": optional(number),
+    "level": optional(number),
+    "p_against": optional(nullable(number)),
+    "p_against_holm": optional(nullable(number)),
+    "steps_to_target": nullable({"target": optional(nullable(number))}),
+    "speed_up": nullable(
+        {
+            "ratio": nullable(number),
+            "interval": optional(nullable(pair(number))),
+            "bound": optional(one_of("exact", "at least", "at most", "unknown")),
+        }
+    ),
 }
 _effect = {
     "term": text,
@@ -109,13 +122,17 @@ SHAPE = {
         }
     ),
     "problems": [anything],
-    "provenance": mapping(anything),
+    "provenance": {"runs": optional([anything])},
+    "exploratory": optional(nullable(text)),
+    "withheld": optional(flag),
+    "remarks": optional([text]),
+    "diverged_value": optional(nullable({"value": number, "source": text})),
 }
 
 
 def read(folder: Path) -> dict[str, Any]:
     """The results of the ablation in this folder, checked. Errors as of `schema.load`."""
-    return load(folder, {"ablation": (SCHEMA, SHAPE, disagreements)})
+    return load(folder, "ablation", SCHEMA, SHAPE, disagreements)
 
 
 def disagreements(results: dict[str, Any]) -> Faults:
@@ -166,8 +183,8 @@ def _of_comparison(comparison: dict[str, Any], baseline: dict[str, Any], variant
         low, high = comparison[name] or (None, None)
         if low is not None and high is not None and low > high:
             yield f"{where}.{name} is [{low}, {high}], which ends before it begins"
-    for name in ("p_t", "p_sign_flip", "p_claim", "p_holm", "p_equivalence"):
-        if comparison[name] is not None and not 0 <= comparison[name] <= 1:
+    for name in ("p_t", "p_sign_flip", "p_claim", "p_holm", "p_against", "p_against_holm", "p_equivalence"):
+        if comparison.get(name) is not None and not 0 <= comparison[name] <= 1:
             yield f"{where}.{name} is {comparison[name]}, which is no probability"
 
 

@@ -24,7 +24,9 @@ def markdown(results: dict[str, Any], figures: Sequence[str]) -> str:
         _table(results, decimals),
         f"{seeds} seeds, {results['mode']} design; matched by {results['match']}; {md.escape(results['metric'])} in "
         f"{md.escape(results['unit'] or 'its own unit')}, {results['direction']} is better; "
-        f"intervals at {words.level(results)}.",
+        f"intervals at {words.level(results)}. {words.P_NOTE}",
+        f"> **Verdict withheld.** {md.escape(results['reason'])}" if results.get("withheld") else None,
+        "\n".join(f"> - {md.escape(remark)}" for remark in results.get("remarks", [])),
         _image(figures, "effects.png", "Differences from the baseline with their intervals"),
         "\n".join(
             f"- **{md.escape(c['arm'])}**: {_text(words.outcome(results, c))} {md.escape(c['reason'])}"
@@ -62,7 +64,7 @@ def latex(results: dict[str, Any]) -> str:
             cells += ["---", "---", "---", ""]
         else:
             bounds = comparison["interval"]
-            p = comparison["p_holm"] if comparison["p_holm"] is not None else comparison["p_claim"]
+            p = words.deciding_p(comparison)
             cells += [
                 "---" if comparison["difference"] is None else tex.math(signed(comparison["difference"], decimals)),
                 "---" if bounds is None else tex.math("".join(interval(bounds, decimals))),
@@ -76,7 +78,7 @@ def latex(results: dict[str, Any]) -> str:
         f"Mean {tex.escape(results['metric'])}{unit} over {len(results['seeds'])} seeds $\\pm$ standard deviation; "
     )
     caption += f"differences from the baseline, paired by seed, with {tex.escape(words.level(results))} intervals."
-    caption += mode.get(results["mode"], "")
+    caption += f" {tex.escape(words.P_NOTE)}" + mode.get(results["mode"], "")
     heads = ["Arm", tex.escape(results["metric"]), "Difference", "Interval", f"$p${adjusted}", "Verdict"]
     return "\n".join(
         [
@@ -117,7 +119,7 @@ def _table(results: dict[str, Any], decimals: int) -> str:
             cells += ["", "", "", ""]
         else:
             bounds = "".join(interval(c["interval"], decimals))
-            cells += [signed(c["difference"], decimals), bounds, "".join(words.p_values(c)), c["verdict"]]
+            cells += [signed(c["difference"], decimals), bounds, p_value(words.deciding_p(c)), c["verdict"]]
         rows.append([md.escape(cell) for cell in cells])
     return md.table(heads, rows)
 

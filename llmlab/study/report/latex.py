@@ -16,7 +16,7 @@ _SPECIAL = {
     "<": r"\textless{}",
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
-    '"': r"\textquotedbl{}",
+    '"': r"{\char34}",  # \textquotedbl is not in the default encoding; a bare one is a command under babel
     "`": r"\textasciigrave{}",
     "-": "-{}",  # two in a row would become a dash
     "'": "'{}",

@@ -8,6 +8,7 @@ escape is not possible, and `Html(...)` around a string is the one thing to look
 
 from collections.abc import Iterable
 from html import escape
+from typing import Any, TypeAlias
 
 from llmlab.study.report.numbers import Shown
 
@@ -20,7 +21,11 @@ class Html(str):
     __slots__ = ()
 
 
-def element(tag: str, *children: "Html | str | Iterable[Html | str] | None", **attributes: "str | bool | None") -> Html:
+Content: TypeAlias = Html | str | Iterable[Any] | None
+"""Markup as it stands, a text to escape, any of these after each other, or nothing."""
+
+
+def element(tag: str, *children: Content, **attributes: "str | bool | None") -> Html:
     """One element.
 
     Args:
@@ -37,7 +42,7 @@ def element(tag: str, *children: "Html | str | Iterable[Html | str] | None", **a
     return Html(f"{opening}{joined(*children)}</{tag}>")
 
 
-def joined(*children: "Html | str | Iterable[Html | str] | None") -> Html:
+def joined(*children: Content) -> Html:
     """Markup and texts after each other."""
     parts = []
     for child in children:

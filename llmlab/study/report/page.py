@@ -12,13 +12,13 @@ from datetime import datetime
 from importlib.resources import files
 from typing import Any
 
-from llmlab.study.report.markup import Html, element, joined
+from llmlab.study.report.markup import Content, Html, element, joined
 
 Cell = Any
 """What a table's cell holds: markup, a text, or a list of them."""
 
 
-def page(title: str, *content: Html | None, foot: Iterable[Html | str]) -> str:
+def page(title: str, *content: Content, foot: Content) -> str:
     """The whole document."""
     style, script = _resource("page.css"), _resource("page.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -36,13 +36,13 @@ def page(title: str, *content: Html | None, foot: Iterable[Html | str]) -> str:
     body = element(
         "body",
         element("main", *content),
-        element("footer", *foot, class_="foot"),
+        element("footer", foot, class_="foot"),
         element("script", Html(script)),
     )
     return f'<!DOCTYPE html>\n<html lang="en">\n{head}\n{body}\n</html>\n'
 
 
-def section(title: str, *content: Html | str | Iterable[Html | str] | None, anchor: str) -> Html:
+def section(title: str, *content: Content, anchor: str) -> Html:
     """A part of the page with a heading, on a new line of the file."""
     heading = element("h2", title, id=f"{anchor}-title")
     return Html("\n" + element("section", heading, *content, id=anchor, aria_labelledby=f"{anchor}-title"))
@@ -92,18 +92,18 @@ def facts(pairs: Iterable[tuple[str, Cell]]) -> Html:
 
 
 def tree(value: Mapping[str, Any]) -> Html:
-    """Nested values, as provenance holds them: long texts and large groups folded."""
+    """Nested values, as provenance holds them: long texts and groups folded."""
     rows: list[Html] = []
     for key, item in value.items():
         if isinstance(item, Mapping) and item:
-            rows.append(element("dd", _folded(key, tree(item)), style="grid-column: 1 / -1"))
+            content = _folded(", ".join(map(str, item)), tree(item))
         elif isinstance(item, list) and any(isinstance(part, Mapping | list) for part in item):
-            inner = tree({str(place): part for place, part in enumerate(item)})
-            rows.append(element("dd", _folded(f"{key} ({len(item)})", inner), style="grid-column: 1 / -1"))
+            content = _folded(f"{len(item)} entries", tree({str(place): part for place, part in enumerate(item)}))
         elif isinstance(item, str) and "\n" in item:
-            rows.append(element("dd", _folded(key, element("pre", item)), style="grid-column: 1 / -1"))
+            content = _folded(f"{len(item.splitlines())} lines", element("pre", item))
         else:
-            rows += [element("dt", key), element("dd", plain(item))]
+            content = joined(plain(item))
+        rows += [element("dt", key), element("dd", content)]
     return element("dl", *rows, class_="tree")
 
 
@@ -122,12 +122,12 @@ def plain(value: Any) -> str:
     return f"{named}({inner})" if named else f"{{{inner}}}"
 
 
-def folded(summary: str, *content: Html | None, anchor: str | None = None) -> Html:
+def folded(summary: str, *content: Content) -> Html:
     """Content that a reader opens."""
-    return Html("\n" + element("details", element("summary", summary), *content, id=anchor))
+    return Html("\n" + element("details", element("summary", summary), *content))
 
 
-def alert(title: str, *content: Html | str, note: bool = False) -> Html:
+def alert(title: str, *content: Content, note: bool = False) -> Html:
     """What must not be overlooked."""
     return element("div", element("strong", title), *content, class_="alert note" if note else "alert", role="note")
 
@@ -161,6 +161,7 @@ def problems(found: Iterable[Any]) -> Html | None:
 
 
 def _folded(summary: str, content: Html) -> Html:
+    summary = summary if len(summary) <= 80 else f"{summary[:79]}\N{HORIZONTAL ELLIPSIS}"
     return element("details", element("summary", summary), content)
 
 

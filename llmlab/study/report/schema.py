@@ -6,12 +6,14 @@ another version is refused with the names of what is wrong, and never drawn. A s
     {"name": text, "values": [nullable(number)], "curve": curve}       keys that must be there; others may be
     [shape]                                                            a list of any length
     text, number, whole, flag, anything                                leaves
-    nullable(shape), one_of("lower", "higher"), mapping(shape)
+    nullable(shape), one_of("lower", "higher"), mapping(shape), pair(shape)
+    optional(shape)                                                    of a key that may be missing
 """
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,13 @@ def flag(value: Any, where: str) -> Faults:
 def anything(value: Any, where: str) -> Faults:
     """Whatever JSON can say; numbers in it are finite all the same."""
     yield from ()
+
+
+@dataclass(frozen=True)
+class optional:
+    """The shape of a key that may be missing."""
+
+    shape: Shape
 
 
 def nullable(shape: Shape) -> Shape:
@@ -101,8 +110,8 @@ def faults(value: Any, shape: Shape, where: str = "") -> Faults:
         for key, inner in shape.items():
             place = f"{where}.{key}" if where else key
             if key in value:
-                yield from faults(value[key], inner, place)
-            else:
+                yield from faults(value[key], inner.shape if isinstance(inner, optional) else inner, place)
+            elif not isinstance(inner, optional):
                 yield f"{place} is missing"
     elif isinstance(shape, list):
         if not isinstance(value, list):
@@ -114,12 +123,20 @@ def faults(value: Any, shape: Shape, where: str = "") -> Faults:
         yield from shape(value, where)
 
 
-def load(folder: Path, kinds: Mapping[str, tuple[int, Shape, Callable[[Any], Faults]]]) -> dict[str, Any]:
+def kind_of(folder: Path, known: Collection[str]) -> str:
+    """The kind of the study in this folder. Errors as of `load`."""
+    return _kind(folder / FILE_NAME, _content(folder / FILE_NAME), known)
+
+
+def load(folder: Path, kind: str, version: int, shape: Shape, further: Callable[[Any], Faults]) -> dict[str, Any]:
     """The content of a study's results.json.
 
     Args:
         folder: of the study.
-        kinds: of studies that may be there: (schema version, shape, faults beyond the shape) by name.
+        kind: of study that it must be.
+        version: of its schema.
+        shape: of the content.
+        further: faults of content that has the shape.
 
     Raises:
         FileNotFoundError: there is none.
@@ -127,24 +144,36 @@ def load(folder: Path, kinds: Mapping[str, tuple[int, Shape, Callable[[Any], Fau
             message names the file and every key.
     """
     path = folder / FILE_NAME
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {error}; compute the results again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds {_short(content)}, not the results of a study; compute them again")
-    kind, version = content.get("kind"), content.get("schema")
-    if not isinstance(kind, str) or kind not in kinds:
-        raise ValueError(f"{path}: kind is {_short(kind)}, not one of {', '.join(kinds)}")
-    known, shape, further = kinds[kind]
-    if version != known or isinstance(version, bool):
-        raise ValueError(f"{path}: schema is {_short(version)}; this version reads {known}: compute the results again")
+    content = _content(path)
+    _kind(path, content, [kind])
+    found_version = content.get("schema")
+    if found_version != version or isinstance(found_version, bool):
+        raise ValueError(
+            f"{path}: schema is {_short(found_version)}; this version reads {version}: compute the results again"
+        )
     found = [*_not_finite(content, ""), *faults(content, shape)]
     found = found or list(further(content))  # what ties values together makes sense of whole ones only
     if found:
         more = f"\n  and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
         raise ValueError(f"{path} cannot be reported:\n  " + "\n  ".join(found[:_SHOWN]) + more)
     return content
+
+
+def _content(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}; compute the results again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds {_short(content)}, not the results of a study; compute them again")
+    return content
+
+
+def _kind(path: Path, content: dict[str, Any], known: Collection[str]) -> str:
+    kind = content.get("kind")
+    if not isinstance(kind, str) or kind not in known:
+        raise ValueError(f"{path}: kind is {_short(kind)}, not one of {', '.join(known)}")
+    return kind
 
 
 def _not_finite(value: Any, where: str) -> Faults:

@@ -1,11 +1,12 @@
 """A sweep's figures as PNG: what the page draws, drawn by matplotlib."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmlab.display.figure import COLORS, STYLE, Label, place_labels, save_figure
+from llmlab.display.figure import COLORS, Label, place_labels
 from llmlab.study.report import words
-from llmlab.study.report.ablation_figures import literal
+from llmlab.study.report.ablation_figures import drawn_in, literal
 from llmlab.study.report.numbers import fixed
 from llmlab.study.report.sweep_axes import Placed, curve_scale, curves_of, placed, short, value_scale
 from llmlab.study.report.sweep_page import metric_decimals
@@ -21,22 +22,17 @@ _COLUMNS = 3
 
 def draw(results: dict[str, Any], folder: Path) -> list[Path]:
     """Writes axes.png, parallel.png, importance.png and curves.png, as far as there is something to draw."""
-    import matplotlib.style
-
     axes, valued = placed(results), ranked(results)
-    figures: dict[str, Figure] = {}
-    with matplotlib.style.context(STYLE):
-        if axes and valued:
-            figures["axes.png"] = _axes(results, axes)
-        if len(axes) > 1 and len(valued) > 1:
-            figures["parallel.png"] = _parallel(results, axes)
-        if results["importance"]:
-            figures["importance.png"] = _importance(results["importance"])
-        if any(curves_of(results)):
-            figures["curves.png"] = _curves(results)
-        for name, figure in figures.items():
-            save_figure(figure, folder / name)
-    return [folder / name for name in figures]
+    figures: dict[str, Callable[[], Figure]] = {}
+    if axes and valued:
+        figures["axes.png"] = lambda: _axes(results, axes)
+    if len(axes) > 1 and len(valued) > 1:
+        figures["parallel.png"] = lambda: _parallel(results, axes)
+    if results["importance"]:
+        figures["importance.png"] = lambda: _importance(results["importance"])
+    if any(curves_of(results)):
+        figures["curves.png"] = lambda: _curves(results)
+    return drawn_in(folder, figures)
 
 
 def _axes(results: dict[str, Any], axes: list[Placed]) -> "Figure":

@@ -15,6 +15,9 @@ from llmlab.study.report.sweep_results import ranked
 NUM_BEST = 15
 """Trials in the first table; the others are folded."""
 
+IN_THE_FILE = "Flags cannot say, and the study file must:"
+"""Stands before what the best trial has and its command does not."""
+
 
 def render(results: dict[str, Any]) -> str:
     """The document."""
@@ -59,7 +62,7 @@ def _first_screen(results: dict[str, Any], decimals: int) -> Html:
         class_="eyebrow",
     )
     if best is None:
-        said: list[Html] = [
+        said: list[Html | None] = [
             element("h1", "No trial has finished"),
             alert("Nothing to compare", "See the trials below."),
         ]
@@ -70,7 +73,8 @@ def _first_screen(results: dict[str, Any], decimals: int) -> Html:
         said = [
             element("h1", f"{results['metric']} ", value),
             element("p", f"The best of {len(trials)} trials is number ", number, point, ".", class_="lead"),
-            code(best["command"]),
+            code(best["command"]) if best["command"] else None,
+            element("p", f"{IN_THE_FILE} {'; '.join(best['told'])}.", class_="lede") if best.get("told") else None,
         ]
     counts = Counter(trial["status"] for trial in trials)
     pairs: list[tuple[str, Any]] = [("Metric", f"{results['metric']}, {results['direction']} is better")]
@@ -121,7 +125,7 @@ def _best(results: dict[str, Any], axes: list[Placed], decimals: int) -> Html:
     points = [(axis.path, axis.scale is not None) for axis in axes]
     heads = [("Trial", False), (results["metric"], True), *points, ("Status", False), ("Time", True), ("Run", False)]
     # Run directories mostly share a parent, which is then said once.
-    parents = {str(PurePath(trial["directory"]).parent) for trial in results["trials"]}
+    parents = {str(PurePath(trial["directory"]).parent) for trial in results["trials"] if trial["directory"]}
     where = f", runs in {parents.pop()}" if len(parents) == 1 else None
 
     def row(trial: dict[str, Any]) -> tuple[list[Any], str]:
@@ -132,7 +136,7 @@ def _best(results: dict[str, Any], axes: list[Placed], decimals: int) -> Html:
             *(shown(trial["point"][axis.path]) if axis.path in trial["point"] else NOTHING for axis in axes),
             trial["status"],
             time(trial["seconds"]),
-            element("code", PurePath(run).name if where else run),
+            element("code", (PurePath(run).name if where else run) or NOTHING),
         ], "picked" if number == best else ""
 
     listed = {trial["number"] for trial in valued[:NUM_BEST]}

@@ -3,7 +3,19 @@
 from pathlib import Path
 from typing import Any
 
-from llmlab.study.report.schema import Faults, anything, flag, load, mapping, nullable, number, one_of, text, whole
+from llmlab.study.report.schema import (
+    Faults,
+    anything,
+    flag,
+    load,
+    mapping,
+    nullable,
+    number,
+    one_of,
+    optional,
+    text,
+    whole,
+)
 
 SCHEMA = 1
 
@@ -34,7 +46,15 @@ SHAPE = {
     "axes": [_axis],
     "trials": [_trial],
     "importance": nullable(mapping(number)),
-    "best": nullable({"number": whole, "value": number, "point": mapping(anything), "command": text}),
+    "best": nullable(
+        {
+            "number": whole,
+            "value": number,
+            "point": mapping(anything),
+            "command": nullable(text),
+            "told": optional([text]),
+        }
+    ),
     "problems": [anything],
     "provenance": mapping(anything),
 }
@@ -42,7 +62,7 @@ SHAPE = {
 
 def read(folder: Path) -> dict[str, Any]:
     """The results of the sweep in this folder, checked. Errors as of `schema.load`."""
-    return load(folder, {"sweep": (SCHEMA, SHAPE, disagreements)})
+    return load(folder, "sweep", SCHEMA, SHAPE, disagreements)
 
 
 def ranked(results: dict[str, Any]) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from llmlab.study.report import words
 from llmlab.study.report.numbers import fixed, time
 from llmlab.study.report.page import plain
 from llmlab.study.report.sweep_axes import placed
-from llmlab.study.report.sweep_page import NUM_BEST, metric_decimals, shown
+from llmlab.study.report.sweep_page import IN_THE_FILE, NUM_BEST, metric_decimals, shown
 from llmlab.study.report.sweep_results import ranked
 
 _IMAGES = {
@@ -45,9 +45,12 @@ def _best(results: dict[str, Any]) -> str:
     best = results["best"]
     if best is None:
         return "**No trial has finished.**"
+    command = md.block(best["command"]) if best["command"] else ""
+    if best.get("told"):
+        command += f"\n\n{IN_THE_FILE} {'; '.join(map(md.escape, best['told']))}."
     value = md.escape(fixed(best["value"], metric_decimals(results)))
     point = ", ".join(f"{md.code(path)} = {md.code(shown(setting))}" for path, setting in best["point"].items())
-    return f"**Best: {value}** (trial {best['number']}), with {point}:\n\n{md.block(best['command'])}"
+    return f"**Best: {value}** (trial {best['number']}), with {point}.\n\n{command}"
 
 
 def _table(results: dict[str, Any]) -> str | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from llmlab.study.report.ablation_results import differences
 from llmlab.study.report.forest import margin_of
-from llmlab.study.report.numbers import Shown, decimals_for, fixed, general, interval, p_value
+from llmlab.study.report.numbers import Shown, decimals_for, fixed, general, interval
 
 Sentence = list[str]
 """Texts, some of them `Shown` numbers, to be written one after the other."""
@@ -33,7 +33,8 @@ def decimals(results: dict[str, Any]) -> int:
 
 def level(results: dict[str, Any]) -> str:
     """The level of the intervals: "95%"."""
-    return f"{100 * results.get('level', 1 - results['alpha']):.4g}%"
+    told = next((c["level"] for c in results["comparisons"] if "level" in c), 1 - results["alpha"])
+    return f"{100 * told:.4g}%"
 
 
 def unit(results: dict[str, Any]) -> str:
@@ -67,9 +68,11 @@ def finding(results: dict[str, Any], comparison: dict[str, Any]) -> Sentence:
     seeds = f" on average over {count} seeds" if count > 1 else " in its one seed"
     better = (difference < 0) == (results["direction"] == "lower")
     size = fixed(abs(difference), shown)
-    if not size.strip("0."):
-        what: Sentence = [" does not differ from the baseline to ", str(shown), " decimals"]
+    if difference == 0:
+        what: Sentence = [" equals the baseline exactly"]
     else:
+        if not size.strip("0."):
+            size = f"{abs(difference):.1g}"
         size = Shown(size, difference)  # shown without its sign, which "better" and "worse" tell
         what = [" is ", size, unit(results), f" {'better' if better else 'worse'} than the baseline"]
     bounds = (
@@ -82,10 +85,16 @@ def finding(results: dict[str, Any], comparison: dict[str, Any]) -> Sentence:
 
 def outcome(results: dict[str, Any], comparison: dict[str, Any]) -> Sentence:
     """What follows: "That supports the claim that it is at most 0.01 nats per token worse than the baseline."."""
+    if results.get("withheld"):
+        return ["The verdict is withheld: the arms do not match."]
+    if comparison["difference"] is None:
+        return [f"{comparison['reason'][:1].upper()}{comparison['reason'][1:]}."]
     sentence: Sentence = [_OUTCOME[comparison["verdict"]], " that it is ", *claim(results, comparison)]
     if comparison["verdict"] != "inconclusive":
         return [*sentence, "."]
     needed = comparison["seeds_to_settle"]
+    if num_seeds(results, comparison) == 1:
+        return [*sentence, "; one seed cannot."]
     if needed is None:
         return [*sentence, "; no affordable number of seeds would."]
     return [*sentence, "; about ", Shown(str(needed), needed), " seeds would."]
@@ -128,9 +137,11 @@ def listed(names: Iterable[str]) -> str:
 def mode_notice(results: dict[str, Any]) -> tuple[str, str] | None:
     """(title, text) of what must be said loudly about how the seeds came about; None for a fixed design."""
     if results["mode"] == "exploratory":
+        why = results.get("exploratory")
         return (
             "Exploratory: the error rates below do not hold",
-            "Results of this study were known before its design was changed or seeds were added. P-values and "
+            (f"{why.rstrip('.')}. " if why else "")
+            + "Results of this study were known before its design was changed or seeds were added. P-values and "
             "intervals are those of a design that was fixed beforehand, which this was not: read them as a "
             "description, and confirm with fresh seeds.",
         )
@@ -145,11 +156,15 @@ def mode_notice(results: dict[str, Any]) -> tuple[str, str] | None:
 
 def diverged(results: dict[str, Any]) -> list[Sentence]:
     """One sentence for each arm with diverged seeds."""
+    counts: Sentence = ["; each counts, with the worst value known"]
+    if imputed := results.get("diverged_value"):
+        counts = ["; each counts as ", fixed(imputed["value"], decimals(results)), f", {imputed['source']}"]
     return [
         [
             f"{arm['name']} diverged in seed{'s' * (len(arm['diverged']) > 1)} ",
             listed(map(str, arm["diverged"])),
-            "; each counts, with the worst value known: see the methods.",
+            *counts,
+            ".",
         ]
         for arm in results["arms"]
         if arm["diverged"]
@@ -217,22 +232,25 @@ def methods(results: dict[str, Any]) -> list[Sentence]:
 
 
 def _interval_method(results: dict[str, Any]) -> Sentence:
-    named = (
-        listed(dict.fromkeys(c["interval_method"] for c in results["comparisons"] if c["interval_method"]))
-        if any(c["interval_method"] for c in results["comparisons"])
-        else "none"
-    )
     explained = {
         "BCa": "bias-corrected and accelerated bootstrap over seeds",
         "t": "Student's t over seeds",
-    }.get(named, named)
+    }
+    used: dict[str, None] = dict.fromkeys(filter(None, (c["interval_method"] for c in results["comparisons"])))
+    named = listed(explained.get(method) or method for method in used) if used else "method not recorded"
     if results["mode"] == "sequential":
         meaning = "in that share of studies the true difference is inside at every number of seeds at once"
     else:
         meaning = "in that share of repeated studies such an interval holds the true mean difference"
-    return [f"Interval. {level(results)}, {explained}: {meaning}. It is about the mean over seeds, not about one run."]
+    return [f"Interval. {level(results)}, {named}: {meaning}. It is about the mean over seeds, not about one run."]
 
 
-def p_values(comparison: dict[str, Any]) -> Sentence:
-    """The p-value that the verdict rests on, for a table of one column."""
-    return [p_value(comparison["p_holm"] if comparison["p_holm"] is not None else comparison["p_claim"])]
+def deciding_p(comparison: dict[str, Any]) -> float | None:
+    """The p-value that the verdict rests on: against the claim where it is refuted, after Holm's correction."""
+    side = ("p_against_holm", "p_against") if comparison["verdict"] == "refuted" else ("p_holm", "p_claim")
+    found = [comparison[name] for name in (*side, "p_holm", "p_claim") if comparison.get(name) is not None]
+    return found[0] if found else None
+
+
+P_NOTE = "p is of the test that the verdict rests on: against the claim where it is refuted."
+"""Stands beside every table that shows `deciding_p`."""
