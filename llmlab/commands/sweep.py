@@ -200,10 +200,9 @@ def _retry(folder: Path, storage: str | None, *, as_json: bool) -> int:
 
 def _write_report(folder: Path) -> None:
     """The pages that are made of results.json."""
-    import importlib.util
+    from llmlab.study.report import sweep as pages
 
-    if importlib.util.find_spec("llmlab.study.report") is not None:
-        importlib.import_module("llmlab.study.report.sweep").write(folder)
+    pages.write(folder)
 
 
 def _show(results: dict[str, Any], *, as_json: bool) -> None:

@@ -22,6 +22,8 @@ LOGS = "logs"
 """Below a study's folder: what each local worker printed."""
 
 _POLL_SECONDS = 0.2
+_MEMORY = "XLA_PYTHON_CLIENT_MEM_FRACTION"  # of a GPU, that a process takes at its start
+_USABLE = 0.9
 _STOP_SECONDS = 120  # to finish a step and save; a step of a large model takes its time
 
 
@@ -125,7 +127,10 @@ def compiled_programs() -> dict[str, str]:
 
 
 def devices(index: int, size: int, gpus: Sequence[str] | None = None) -> dict[str, str]:
-    """Variables that give one of several workers its share of the GPUs; nothing where there are fewer than workers.
+    """Variables that give one of several workers its share of the GPUs.
+
+    With fewer GPUs than workers, some share one, and each of these takes its part of the memory: jax would otherwise
+    take most of it for the first.
 
     Args:
         index: of the worker.
@@ -138,5 +143,10 @@ def devices(index: int, size: int, gpus: Sequence[str] | None = None) -> dict[st
             gpus = [name for name in visible.split(",") if name]
         else:
             gpus = [str(number) for number in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
-    share = gpus[index::size]
-    return {"CUDA_VISIBLE_DEVICES": ",".join(share)} if len(gpus) >= size > 1 else {}
+    if not gpus or size == 1:
+        return {}
+    if len(gpus) >= size:
+        return {"CUDA_VISIBLE_DEVICES": ",".join(gpus[index::size])}
+    sharers = -(-size // len(gpus))
+    own = {"CUDA_VISIBLE_DEVICES": gpus[index % len(gpus)]}
+    return own if _MEMORY in os.environ else own | {_MEMORY: f"{_USABLE / sharers:.3f}"}

@@ -236,6 +236,9 @@ class SampledWork:
 
         study, rdb = self.queue.store.study, self.queue.store.rdb
         with self.queue.store.exclusive():  # one after the other, so that each sees what the others try
+            # Before the draw: hyperband's brackets each learn from their own trials.
+            every, steps = self._base.train.evaluate_every, self._base.train.steps
+            study.pruner = make_pruner(self._search.pruner, every, steps)
             study.sampler = make_sampler(self._search, _first(study, claim.number))
             point = self._space.draw(Suggestions(optuna.trial.Trial(study, claim.id)))
             name = names([point], digits=4)[0]

@@ -125,6 +125,7 @@ def open_study(
 
     Raises:
         ConnectionError: the database cannot be reached.
+        ValueError: the study exists with the other direction.
     """
     import optuna
     import sqlalchemy
@@ -158,6 +159,12 @@ def open_study(
         raise ConnectionError(f"the storage {shown(url)} cannot be used: {reason}") from error
     finally:
         own.dispose()
+    if study.direction.name.lower() != direction:
+        rdb.engine.dispose()
+        raise ValueError(
+            f"the study {name} in {shown(url)} was begun to {study.direction.name.lower()}, and now is to {direction}; "
+            "give this one another folder with --out"
+        )
     return Store(study=study, rdb=rdb, url=url)
 
 

@@ -123,7 +123,7 @@ def results(folder: Path, storage: str | None = None) -> dict[str, Any]:
         "kind": "sweep",
         "schema": SCHEMA,
         **{key: definition[key] for key in ("name", "metric", "direction")},
-        "unit": next((run.summary.get("unit") for run in finished), None),
+        "unit": _unit(metric, finished),
         **{key: definition[key] for key in ("command", "file")},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "axes": definition["axes"],
@@ -144,6 +144,12 @@ def write_results(folder: Path, storage: str | None = None) -> dict[str, Any]:
     content = results(folder, storage)
     write_json(folder / RESULTS, content)
     return content
+
+
+def _unit(metric: str, finished: Sequence[Trial]) -> str | None:
+    """What the metric is counted in: of losses the runs say it, of others nobody does."""
+    counted = next((run.summary.get("unit") for run in finished), None)
+    return f"nats per {counted}" if counted is not None and metric.endswith("loss") else None
 
 
 def _trial(entry: Entry, run: Trial | None, metric: str) -> dict[str, Any]:

@@ -2,14 +2,10 @@
 
 import collections
 import json
-import os
 import random
-import shutil
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,49 +21,6 @@ from llmlab.study.trials import Status, Trial
 
 JOBS = {f"{number:08x}": f"job {number}" for number in range(24)}
 WORKERS = Path(__file__).with_name("workers.py")
-
-
-def postgres_programs() -> Path | None:
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), reverse=True)
-    on_path = shutil.which("initdb")
-    candidates = [*found, *([Path(on_path)] if on_path else [])]
-    return next((path.parent for path in candidates if (path.parent / "pg_ctl").exists()), None)
-
-
-@pytest.fixture(scope="session")
-def postgres() -> Iterator[str]:
-    """Address of a fresh database of a PostgreSQL server that lives as long as the tests."""
-    pytest.importorskip("psycopg", reason="the PostgreSQL driver is not installed")
-    programs = postgres_programs()
-    if programs is None:
-        pytest.skip("PostgreSQL is not installed (initdb, pg_ctl)")
-    # Not below pytest's own directory, which only its user can enter; and the path of a socket must be short.
-    directory = Path(tempfile.mkdtemp(prefix="llmlab-postgres-"))
-    as_user: list[str] = []
-    if os.getuid() == 0:  # the server refuses to run as root
-        directory.chmod(0o777)
-        if shutil.which("setpriv") is None:
-            pytest.skip("PostgreSQL does not run as root, and setpriv, which changes the user, is not installed")
-        as_user = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    data = directory / "data"
-    environment = os.environ | {"LC_ALL": "C.UTF-8"}
-
-    def run(*command: str) -> None:
-        done = subprocess.run([*as_user, *command], capture_output=True, text=True, env=environment, timeout=120)
-        assert done.returncode == 0, done.stdout + done.stderr
-
-    run(str(programs / "initdb"), "-D", str(data), "-U", "llmlab", "--auth", "trust", "--no-sync")
-    options = f"-p {port} -k {directory} -c listen_addresses=127.0.0.1 -c fsync=off"
-    # Its output goes to a file: a pipe that it inherited would never end.
-    run(str(programs / "pg_ctl"), "-D", str(data), "-l", str(directory / "log"), "-o", options, "-w", "start")
-    try:
-        yield f"postgresql+psycopg://llmlab@127.0.0.1:{port}/postgres"
-    finally:
-        run(str(programs / "pg_ctl"), "-D", str(data), "-m", "immediate", "-w", "stop")
-        shutil.rmtree(directory)
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -232,6 +185,12 @@ def test_an_experiment_that_kills_its_workers_fails_in_the_end(
     assert queue.take() is not None
 
 
+def test_a_study_keeps_its_direction(make_queue: Callable[..., Queue]) -> None:
+    make_queue({"a": "a"})
+    with pytest.raises(ValueError, match="was begun to minimize, and now is to maximize"):
+        make_queue({"a": "a"}, direction="maximize")
+
+
 def test_trials_that_nobody_enqueued_are_left_alone(make_queue: Callable[..., Queue]) -> None:
     queue = make_queue({"a": "a"})
     queue.store.study.enqueue_trial({"x": 1.0})
@@ -243,6 +202,21 @@ def test_trials_that_nobody_enqueued_are_left_alone(make_queue: Callable[..., Qu
     assert queue.take() is None
     queue.finish(claim, finished("a"))
     assert queue.settled()
+
+
+@pytest.mark.scale
+def test_workers_in_a_hurry_never_take_the_same_point(url: str, tmp_path: Path) -> None:
+    jobs = {f"{number:08x}": f"job {number}" for number in range(60)}
+    order = {"url": url, "study": tmp_path.name, "folder": str(tmp_path), "jobs": named(jobs), "seconds": 0.0}
+    workers = [subprocess.Popen([sys.executable, str(WORKERS), json.dumps(order)]) for _ in range(4)]
+    assert [worker.wait(timeout=180) for worker in workers] == [0] * 4
+    begun = [line for path in (tmp_path / "begun").iterdir() for line in path.read_text().split()]
+    assert sorted(begun) == sorted(jobs)
+    store = open_study(url, tmp_path.name)
+    try:
+        assert len(store.study.trials) == len(jobs)  # nor was any enqueued twice
+    finally:
+        store.close()
 
 
 @pytest.mark.scale
