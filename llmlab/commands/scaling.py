@@ -100,7 +100,10 @@ def _run(study: "Scaling | Transfer", runs: "Mapping[str, Experiment]", argument
         print(json.dumps(results, indent=2, allow_nan=False))
     else:
         _show(results, written)
-    return 1 if results["kind"] == "scaling" and results["law"] is None else 0
+    bad = sum(trial.value(study.metric) is None and trial.status != "diverged" for trial in trials.values())
+    if bad:
+        print(f"{bad} of {len(trials)} runs have no result", file=sys.stderr)
+    return 1 if bad or (results["kind"] == "scaling" and results["law"] is None) else 0
 
 
 def _analyse(

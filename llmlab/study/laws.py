@@ -39,6 +39,7 @@ NUM_PARAMETERS = 5
 # Bounds of alpha and beta, and of log A / N^alpha etc. at the centre relative to the mean log loss.
 _EXPONENTS, _TERMS = (0.01, 3.0), (-12.0, 2.0)
 _STARTS = 5
+_LARGEST_LOG = 200.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +89,9 @@ class Law:
         """N*, D* and the loss there: the best use of a budget."""
         power = self.alpha + cost.gamma * self.beta
         log_g = math.log(self.alpha * self.A / (cost.gamma * self.beta * self.B)) / power
-        parameters = math.exp(log_g + self.beta / power * math.log(flops / cost.kappa))
+        log_n = log_g + self.beta / power * math.log(flops / cost.kappa)
+        # A resample may leave both exponents undetermined, near zero: then N* is anything, but still a float.
+        parameters = math.exp(min(max(log_n, -_LARGEST_LOG), _LARGEST_LOG))
         tokens = cost.tokens(flops, parameters)
         return parameters, tokens, float(self.loss(parameters, tokens))
 
@@ -186,7 +189,7 @@ class Fitter:
             E=math.exp(e + l0), A=math.exp(a + l0 + alpha * n0), B=math.exp(b + l0 + beta * d0), alpha=alpha, beta=beta
         )
 
-    def _terms(self, theta: Theta) -> tuple[Vector, Float64[np.ndarray, "3 n"]]:
+    def _terms(self, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """log of the law relative to the mean loss, and the share of each of its three terms."""
         a, b, e, alpha, beta = theta
         terms = np.stack([a - alpha * self._n, b - beta * self._d, np.full_like(self._n, e)])
@@ -195,7 +198,8 @@ class Fitter:
         total = np.sum(shares, axis=0)
         return top + np.log(total), shares / total
 
-    def _objective(self, theta: Theta, counts: Vector) -> tuple[float, Theta]:
+    def _objective(self, theta: np.ndarray, counts: np.ndarray) -> tuple[float, np.ndarray]:
+        # Plain annotations here and above: checking shapes at run time would take longer than the arithmetic.
         value, shares = self._terms(theta)
         r = value - self._l
         small = np.abs(r) <= self.delta

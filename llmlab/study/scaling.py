@@ -49,7 +49,7 @@ _LEAST_STEPS = 20
 
 def for_steps(experiment: Experiment, steps: int) -> Experiment:
     """The experiment trained for so many steps, and evaluated at its end only."""
-    train = dataclasses.replace(experiment.train, steps=steps, evaluate_every=0, checkpoint_every=0)
+    train = dataclasses.replace(experiment.train, steps=steps, evaluate_every=0, keep_best=0)
     return dataclasses.replace(experiment, train=train)
 
 

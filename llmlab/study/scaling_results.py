@@ -70,7 +70,7 @@ def analyse(
     aside = held_out(scaling, runs)
     rows = [_row(point, trials[point.name], scaling.metric, point.name in aside) for point in runs]
     usable = [point for point, row in zip(runs, rows, strict=True) if row["value"] is not None]
-    values = {row["name"]: row["value"] for row in rows}
+    values = {row["name"]: row["value"] for row in rows if row["value"] is not None}
     problems = [f"{row['name']}: {row['status']}: {row['problem']}" for row in rows if row["value"] is None]
     cost = _cost(runs)
     law, boot, fit = None, None, None

@@ -81,20 +81,20 @@ def test_runs_that_went_wrong_do_not_move_the_fit() -> None:
 
 
 def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
-    """40 studies of 35 runs: of nominal 90%, a binomial of 0.9 is below 29 of 40 with probability 0.001."""
-    studies, level, cost = 40, 0.9, Cost()
+    """24 studies of 35 runs: of nominal 90%, a binomial of 0.9 is below 16 of 24 with probability 0.0004."""
+    studies, level, cost = 24, 0.9, Cost()
     covered = {"alpha": 0, "beta": 0, "E": 0, "a": 0, "prediction": 0}
     truth = {"a": CHINCHILLA.exponents(cost)[0]} | {name: getattr(CHINCHILLA, name) for name in ("alpha", "beta", "E")}
     for seed in range(studies):
         fitter = Fitter(*runs(CHINCHILLA, 0.004, seed), delta=0.01)
-        boot = fitter.bootstrap(fitter.fit(), 60, seed=seed)
+        boot = fitter.bootstrap(fitter.fit(), 40, seed=seed)
         found = {name: boot.of(name, level) for name in ("alpha", "beta", "E")} | {"a": boot.exponents(cost, level)[0]}
         for name, (low, high) in found.items():
             covered[name] += low <= truth[name] <= high
         new = float(CHINCHILLA.loss(1e11, 1e12)) * math.exp(0.004 * np.random.default_rng(10_000 + seed).normal())
         low, high = boot.prediction(1e11, 1e12, level)
         covered["prediction"] += low <= new <= high
-    assert all(count >= 29 for count in covered.values()), covered
+    assert all(count >= 16 for count in covered.values()), covered
 
 
 def test_the_cost_law_is_that_of_the_family() -> None:
@@ -158,7 +158,7 @@ def test_isoflop_intervals_cover_and_need_residuals() -> None:
         drawn = isoflop.bootstrap(profiles(0.01, seed), Cost(), 100, seed=seed)
         low, high = np.percentile([frontier.parameters.exponent for frontier in drawn], [5, 95])
         covered += low <= a <= high
-    assert covered >= 29  # as above
+    assert covered >= 29  # 0.1% of binomials of 40 at 0.9 are below
     exact = [Profile.fit(c, np.array([1e6, 2e6, 4e6]), np.array([2.0, 1.8, 1.9])) for c in (1e15, 1e16)]
     assert isoflop.bootstrap(exact, Cost(), 10) == []
 

@@ -68,7 +68,7 @@ SHAPE = {
 
 def read(folder: Path) -> dict[str, Any]:
     """The results of the scaling study in this folder, checked. Errors as of `schema.load`."""
-    return load(folder, {"scaling": (SCHEMA, SHAPE, disagreements)})
+    return load(folder, "scaling", SCHEMA, SHAPE, disagreements)
 
 
 def finished(results: dict[str, Any]) -> list[dict[str, Any]]:

@@ -55,7 +55,7 @@ SHAPE = {
 
 def read(folder: Path) -> dict[str, Any]:
     """The results of the transfer study in this folder, checked. Errors as of `schema.load`."""
-    return load(folder, {"transfer": (SCHEMA, SHAPE, disagreements)})
+    return load(folder, "transfer", SCHEMA, SHAPE, disagreements)
 
 
 def disagreements(results: dict[str, Any]) -> Faults:
