@@ -68,6 +68,6 @@ def scaling() -> Scaling:
         question="How should a budget be split between parameters and tokens?",
         family=[experiment(width) for width in (16, 32, 48, 64, 96, 128)],
         budgets=(2.5e11, 5e11, 1e12, 2e12, 4e12),
-        tokens_per_parameter=(0.5, 150.0),
+        tokens_per_parameter=(1.0, 300.0),
         delta=0.01,  # seeds differ by about this much in log loss
     )

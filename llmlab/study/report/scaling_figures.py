@@ -107,7 +107,7 @@ def _contours(results: dict[str, Any]) -> "Figure":
     axes.set(xscale="log", yscale="log", xlim=(n_low, n_high), ylim=(d_low, d_high))
     axes.set_xlabel("parameters N")
     axes.set_ylabel("tokens D")
-    axes.set_title(literal(f"Lines of equal loss of the fitted law ({words.metric(results)})"), loc="left")
+    axes.set_title("Lines of equal loss of the fitted law", loc="left")
     axes.legend(frameon=False, loc="lower left")
     return figure
 
@@ -116,17 +116,13 @@ def _held_out(results: dict[str, Any]) -> "Figure":
     figure, axes = _new()
     rows = results["held_out"]["predictions"]
     for row in rows:
-        axes.plot([row["value"]] * 2, row["interval"], color=_BLUE, linewidth=3, alpha=0.4)
-    measured, predicted = ([row[key] for row in rows] for key in ("value", "predicted"))
-    axes.plot(measured, predicted, "o", color=_BLUE, label="largest runs, predicted")
-    fitted = [run for run in finished(results) if not run["held_out"] and run["fitted"] is not None]
-    smaller = [run["value"] for run in fitted]
-    axes.plot(smaller, [run["fitted"] for run in fitted], ".", color=_SOFT, label="smaller runs, fitted")
-    every = measured + smaller
-    axes.plot([min(every), max(every)], [min(every), max(every)], color="#666666", linewidth=1, zorder=1)
-    axes.set_xlabel(literal(f"measured: {words.metric(results)}"))
-    axes.set_ylabel("from the law")
-    level = f"{100 * results['level']:.4g}%"
-    axes.set_title(f"Held-out check: bars are {level} prediction intervals", loc="left")
+        bounds = [bound - row["value"] for bound in row["interval"]]
+        axes.plot([row["value"]] * 2, bounds, color=_BLUE, linewidth=3, alpha=0.4)
+    measured, errors = ([row[key] for row in rows] for key in ("value", "error"))
+    axes.plot(measured, errors, "o", color=_BLUE, label="largest runs, predicted from the smaller")
+    axes.axhline(0.0, color="#666666", linewidth=1, zorder=1)
+    axes.set_xlabel(literal(f"measured {words.metric(results)}"))
+    axes.set_ylabel("predicted minus measured")
+    axes.set_title(f"Held-out check, {100 * results['level']:.4g}% prediction intervals", loc="left")
     axes.legend(frameon=False)
     return figure

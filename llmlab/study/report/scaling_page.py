@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from llmlab.display.figure import spread
 from llmlab.study.report import charts, scaling_curves, words
 from llmlab.study.report import scaling_words as said
 from llmlab.study.report.markup import Html, element
@@ -9,6 +10,8 @@ from llmlab.study.report.numbers import quantity
 from llmlab.study.report.page import code, facts, folded, moment, page, problems, section, table, tree
 from llmlab.study.report.scales import Scale
 from llmlab.study.report.scaling_results import finished
+
+_TALL, _GAP = 320.0, 17.0  # pixels: of a figure in the style sheet, and between the names at its side
 
 
 def render(results: dict[str, Any]) -> str:
@@ -76,7 +79,9 @@ def _isoflop(results: dict[str, Any]) -> Html | None:
             minimum = f"minimum at {quantity(profile['optimum'])} parameters"
             inner.append(charts.dot(x.at(profile["optimum"]), y.at(profile["loss"]), "dot big", minimum))
         marks.append(element("g", *inner, class_=color))
-        ends.append((str(quantity(profile["flops"])), color, y.at(line[1][-1])))
+        ends.append((str(quantity(profile["flops"])), color, _TALL * y.at(line[1][-1])))
+    heights = spread([height for _, _, height in ends], _GAP, 0.0, _TALL)
+    ends = [(name, color, height / _TALL) for (name, color, _), height in zip(ends, heights, strict=True)]
     chart = charts.frame(
         marks, x=x, y=y, x_title="parameters N (log)", y_title=words.metric(results), ends=ends,
         summary=f"Loss against size for {len(marks)} budgets",
