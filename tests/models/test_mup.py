@@ -57,7 +57,7 @@ def decoder(
         embed_dim=width,
         num_layers=2,
         pattern=(Block(mixer=mixer, ffn=ffn(width), norm=RMSNorm(), wiring=PreNorm()),),
-        embedding_std=0.5,
+        embedding_std=0.125 if isinstance(head, Tied) else 0.5,  # a tied table starts as the untied head does
         final_norm=RMSNorm(),
         head=head or Untied(),
         mup=MuP(base_width=base, base_head_dim=16) if mup else None,
@@ -145,13 +145,20 @@ MODELS: dict[str, dict[str, Any]] = {
 )
 def test_every_layer_changes_by_the_same_amount_at_all_widths_under_mup_only(name: str, kind: str) -> None:
     """Slopes of log change against log width. What is left of them is finite width: at width 64 the random part of the
-    logits' change, which falls as 1 / sqrt(width), is not yet small."""
+    logits' change, which falls as 1 / sqrt(width), is not yet small (see the test below)."""
     under_mup = slopes(checked(OPTIMIZERS[name], (64, 512), mup=True, **MODELS[kind]))
     standard = slopes(checked(OPTIMIZERS[name], (64, 512), mup=False, **MODELS[kind]))
     told = {layer: f"{slope:.2f}, standard {standard[layer]:.2f}" for layer, slope in under_mup.items()}
     assert all(abs(slope) < 0.15 for layer, slope in under_mup.items() if layer != "logits"), told
-    assert -0.35 < under_mup["logits"] < 0.1, told
+    assert -0.4 < under_mup["logits"] < 0.1, told
     assert max(standard.values()) > 0.3, told
+
+
+def test_what_is_left_of_the_slope_of_the_logits_goes_away_with_width() -> None:
+    sgd = SGD(peak_lr=0.1, clip_norm=None)
+    narrow, middle, wide = checked(sgd, (64, 256, 1024), mup=True, head=Tied())
+    assert slopes([narrow, middle])["logits"] + 0.1 < slopes([middle, wide])["logits"] < 0.1
+    assert all(abs(slope) < 0.05 for layer, slope in slopes([middle, wide]).items() if layer != "logits")
 
 
 def test_the_size_of_activations_is_flat_too() -> None:
