@@ -188,7 +188,8 @@ def test_words_of_what_cannot_be_said() -> None:
     assert _answer(results).startswith("rmsnorm equals the baseline exactly on average over 5 seeds")
     comparison |= {"difference": -0.0004, "interval": [-2.6, 2.6]}  # three decimals would hide it
     assert _answer(results).startswith("rmsnorm is 0.0004 nats per token better than the baseline")
-    assert "The verdict is withheld: the arms do not match." in _answer(results | {"withheld": True})
+    withheld = results | {"withheld": True, "reason": "withheld: tokens differ by 12%"}
+    assert "The verdict is withheld: tokens differ by 12%. Arms that do not match" in _answer(withheld)
     comparison |= {"difference": None, "interval": None, "reason": "no seed has a result in every arm"}
     assert _answer(results) == ("rmsnorm could not be compared with the baseline. No seed has a result in every arm.")
 

@@ -45,7 +45,7 @@ def loss_of(experiment: Experiment, step: int) -> float:
     return 2 + abs(math.log10(experiment.optimizer.peak_lr) + 2) + 1 / step
 
 
-def formula(experiment: Experiment, out: Path, *, name: str, report: Any = None, experiment_file: Any = None) -> None:
+def formula(experiment: Experiment, out: Path, *, name: str, report: Any = None, **_: Any) -> None:
     """Writes what a training would have, and evaluates as it would."""
     trained.append(config_hash(experiment))
     report = report or NullReport()

@@ -126,14 +126,14 @@ def test_workers_share_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert crew.devices(1, 2) == {"CUDA_VISIBLE_DEVICES": "8"}
 
 
-def test_the_overhead_of_a_trial_is_below_a_second(tiny: Experiment) -> None:
+def test_the_overhead_of_a_trial_is_below_three_seconds(tiny: Experiment) -> None:
     jobs = rates(tiny, 1e-2, 2e-2, 3e-2, 4e-2)
     began = time.perf_counter()
     trials = work.execute(jobs, folder=Path("studies/s"), root=Path("trials"))
     seconds = time.perf_counter() - began
     training = sum(trial.seconds or 0 for trial in trials.values())
     assert all(trial.status is Status.FINISHED for trial in trials.values())
-    assert (seconds - training) / len(jobs) < 1.0  # required are 3 s; a machine that is busy with others needs more
+    assert (seconds - training) / len(jobs) < 3.0
 
 
 @pytest.mark.parametrize("workers", [1, 2])
