@@ -92,8 +92,9 @@ def definition(ablation: Ablation, arms: Sequence[Arm]) -> dict[str, Any]:
 
 def _measure(ablation: Ablation) -> str | None:
     """The hash of the function that gives the metric. One whose values are merely shown decides nothing."""
-    decides = ablation.measure is not None and ablation.metric.startswith(PREFIX)
-    return source_hash(ablation.measure) if decides else None
+    if ablation.measure is None or not ablation.metric.startswith(PREFIX):
+        return None
+    return source_hash(ablation.measure)
 
 
 def open_record(
