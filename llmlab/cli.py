@@ -26,6 +26,10 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     "Studies": {
         "sweep": ("llmlab.commands.sweep", "run an experiment over many values, by many workers, and find the best"),
         "ablate": ("llmlab.commands.ablate", "compare variants with a baseline over seeds: a verdict and a report"),
+        "scaling": (
+            "llmlab.commands.scaling",
+            "fit scaling laws to a family of models; learning rates across widths",
+        ),
     },
     "Look at results": {
         "runs": ("llmlab.commands.runs", "list runs and their results in a table"),

@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "distill": {"models", "objectives", "infer", "training"},
     "align": {"infer", "objectives", "training"},
     "evals": {"infer", "tokenizers"},
-    "study": {"training", "evals", "config", "flags", "experiment", "runs", "objectives", "display"},
+    "study": {"training", "evals", "config", "flags", "experiment", "runs", "objectives", "display", "nn"},
     "plan": {"training", "sharding"},
     "display": {"training", "plan"},
     "interpret": {"nn", "models", "infer", "training"},  # nn: what is looked into are its layers

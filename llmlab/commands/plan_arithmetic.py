@@ -64,7 +64,8 @@ class Arithmetic:
         optimizer = optimizer or self.experiment.optimizer
         name = repr(optimizer)
         if name not in self._states:
-            transformation = optimizer.build(self.axes, self.experiment.train.steps)
+            steps, growth = self.experiment.train.steps, self.experiment.model.width_growth
+            transformation = optimizer.build(self.axes, steps, growth=growth)
             shapes = jax.eval_shape(transformation.init, self.params)
             axes = state_axes(shapes, self.axes)
             self._states[name] = State(params=self.params, axes=self.axes, optimizer=shapes, optimizer_axes=axes)

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import jax
 from flax import nnx
 
+from llmlab.nn.attention import Attention
 from llmlab.nn.config import Block, Norm
 from llmlab.nn.dense import Dense
 from llmlab.nn.dropout import check_rate
 from llmlab.nn.module import Axes, Params, logical_axes, num_parameters, split
+from llmlab.nn.mup import MuP
 from llmlab.nn.positions import AddedPosition
 from llmlab.nn.stack import Execution
 
@@ -35,8 +37,8 @@ class Head(abc.ABC):
     """How hidden states become scores over the vocabulary."""
 
     @abc.abstractmethod
-    def build(self, dim: int, vocab_size: int, *, rngs: nnx.Rngs) -> Dense | None:
-        """The projection, or None where the embedding table serves."""
+    def build(self, dim: int, vocab_size: int, *, rngs: nnx.Rngs, gain: float = 1.0) -> Dense | None:
+        """The projection, or None where the embedding table serves; `gain` is a factor on its initial deviation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +48,7 @@ class Tied(Head):
     scale: float = 1.0
     """Factor on the scores; 1/sqrt(embed_dim) where embeddings have size one (PaLM)."""
 
-    def build(self, dim: int, vocab_size: int, *, rngs: nnx.Rngs) -> None:
+    def build(self, dim: int, vocab_size: int, *, rngs: nnx.Rngs, gain: float = 1.0) -> None:
         return None
 
 
@@ -57,8 +59,8 @@ class Untied(Head):
     bias: bool = False
     """Whether to add a bias per token."""
 
-    def build(self, dim: int, vocab_size: int, *, rngs: nnx.Rngs) -> Dense:
-        return Dense((("embed", dim),), (("vocab", vocab_size),), bias=self.bias, rngs=rngs)
+    def build(self, dim: int, vocab_size: int, *, rngs: nnx.Rngs, gain: float = 1.0) -> Dense:
+        return Dense((("embed", dim),), (("vocab", vocab_size),), bias=self.bias, rngs=rngs, gain=gain)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +92,11 @@ class ModelConfig(abc.ABC):
     def pipeline_repeats(self) -> int:
         """Repeats of its layers that the stages of a pipeline can share; 0 where a pipeline cannot split it."""
         return 0
+
+    @property
+    def width_growth(self) -> Mapping[str, float]:
+        """How many times as long as in muP's base model each logical axis is, for the optimizer; {} without muP."""
+        return {}
 
     @property
     def num_labels(self) -> int | None:
@@ -194,11 +201,37 @@ class Transformer(ModelConfig):
     """How the layer stack is applied: scan or unroll, rematerialisation, LayerDrop."""
     context_length: int | None = None
     """Longest sequence the model is meant for, where no position table says so; recorded in exports, not enforced."""
+    mup: MuP | None = None
+    """The base model of a family whose best learning rate is the same at every width; None for the standard
+    parametrisation."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_stack(self.pattern, self.num_layers, self.embed_dim)
         check_rate("embedding_dropout", self.embedding_dropout)
+        if self.mup is not None:
+            self.blocks()
+            _check_own_scales(self, self.mup)
+            dict(self.width_growth)
+
+    @property
+    def width_growth(self) -> Mapping[str, float]:
+        if self.mup is None:
+            return {}
+        heads: dict[str, tuple[int, int]] = {}
+        for i, block in enumerate(self.pattern):
+            for part, mixer in (("mixer", block.mixer), ("cross", block.cross)):
+                if isinstance(mixer, Attention):
+                    width, where = mixer.resolved_head_dim(self.embed_dim), f"pattern.{i}.{part}"
+                    heads[f"{where}.num_heads"] = mixer.num_heads, width
+                    heads[f"{where}.num_kv_heads"] = mixer.num_kv_heads or mixer.num_heads, width
+        return self.mup.growth(self.embed_dim, heads)
+
+    def blocks(self) -> tuple[Block, ...]:
+        """The pattern as it is built: with muP's factors where there is a base model."""
+        if self.mup is None:
+            return self.pattern
+        return tuple(block.under_mup(self.mup, self.embed_dim) for block in self.pattern)
 
     @property
     def pipeline_repeats(self) -> int:
@@ -242,6 +275,23 @@ class Transformer(ModelConfig):
             matmul += math.prod(params["embedding"]["tokens"]["table"].shape)
         context = sum(block.mixer.context_flops(self.embed_dim, sequence_length) for block in self.layers())
         return (3 if training else 1) * (2 * matmul + context)
+
+
+def _check_own_scales(model: Transformer, mup: MuP) -> None:
+    """Raise ValueError where a factor of the config follows the width by a law of its own."""
+    if model.embed_dim == mup.base_width:
+        return
+    root = math.sqrt(model.embed_dim)
+    laws = [("embedding_scale", model.embedding_scale, root, "sqrt(embed_dim)")]
+    if isinstance(model.head, Tied):
+        laws.append(("head.scale", model.head.scale, 1 / root, "1/sqrt(embed_dim)"))
+    for name, value, law, formula in laws:
+        if value != 1.0 and math.isclose(value, law, rel_tol=1e-6):
+            base = law * (mup.width_ratio(model.embed_dim) ** (0.5 if law < 1 else -0.5))
+            raise ValueError(
+                f"{name}={value:g} is {formula}, and under muP factors are the base model's at every width: use "
+                f"{base!r}, its value at mup.base_width={mup.base_width}"
+            )
 
 
 def layers_of(pattern: tuple[Block, ...], num_layers: int) -> tuple[Block, ...]:

@@ -6,6 +6,7 @@ Every position predicts the token after it from itself and what came before (Rad
 costs `config.flops_per_token(S, training=False)` FLOPs a token.
 """
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -68,9 +69,13 @@ class DecoderModel(nnx.Module):
             raise ValueError("vocab_size is None: it follows the tokenizer; set it to build the model by itself")
         self.config = config
         self.embedding = InputEmbedding(config, rngs=rngs)
-        self.stack = Stack(config.pattern, config.num_layers, config.embed_dim, config.execution, rngs=rngs)
+        self.stack = Stack(config.blocks(), config.num_layers, config.embed_dim, config.execution, rngs=rngs)
         self.final_norm = config.final_norm.build(config.embed_dim, rngs=rngs) if config.final_norm else None
-        self.head = config.head.build(config.embed_dim, config.vocab_size, rngs=rngs)
+        # muP: the head's weights start as the base model's do, and its input is divided by the growth of the width.
+        ratio = 1.0 if config.mup is None else config.mup.width_ratio(config.embed_dim)
+        self.output_factor = 1 / ratio
+        gain = math.sqrt(ratio)
+        self.head = config.head.build(config.embed_dim, config.vocab_size, rngs=rngs, gain=gain)
 
     def __call__(
         self,
@@ -149,6 +154,8 @@ class DecoderModel(nnx.Module):
 
     def project(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Scores over the vocabulary, float32."""
+        if self.output_factor != 1.0:
+            hidden = hidden * jnp.asarray(self.output_factor, hidden.dtype)
         if self.head is not None:
             return self.head(hidden).astype(jnp.float32)
         logits, head = self.embedding.tokens.attend(hidden).astype(jnp.float32), self.config.head

@@ -66,6 +66,8 @@ class PaliGemma(ModelConfig):
             raise ValueError(f"vocab_size={self.vocab_size}: the vocabulary is the decoder's, set text.vocab_size")
         if self.vision.head is not None:
             raise ValueError("the vision tower classifies nothing here: set its head=None")
+        if self.text.mup is not None:
+            raise ValueError("muP of a decoder that reads images is not known: set text.mup=None")
 
     @property
     def pipeline_repeats(self) -> int:

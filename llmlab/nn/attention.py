@@ -13,6 +13,7 @@ Fewer key/value heads than query heads make the cache smaller: one is multi-quer
     window     see only the last `window` positions, oneself included (Beltagy et al. 2020, 2004.05150)
 """
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,7 @@ from llmlab.nn.kernels.bias import Bias
 from llmlab.nn.kernels.reference import attention_weights
 from llmlab.nn.kernels.scoring import Scoring
 from llmlab.nn.masks import Full, Mask, SlidingWindow
+from llmlab.nn.mup import MuP
 from llmlab.nn.positions import BiasPosition, QueryKeyPosition
 from llmlab.sharding import shard
 
@@ -91,6 +93,12 @@ class Attention(Mixer):
 
     def build(self, dim: int, *, rngs: nnx.Rngs, depth: int = 1) -> "AttentionLayer":
         return AttentionLayer(self, dim, rngs=rngs, depth=depth)
+
+    def under_mup(self, mup: MuP, dim: int) -> "Attention":
+        head_dim = self.resolved_head_dim(dim)
+        if head_dim == mup.base_head_dim:
+            return self
+        return dataclasses.replace(self, scale=mup.attention_scale(head_dim, self.scale))
 
     def source_dim(self, dim: int) -> int:
         """Width of what keys and values are made of, in a model of width `dim`."""

@@ -5,6 +5,7 @@ if-chain. The module that a config builds lives beside it in the same file.
 """
 
 import abc
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -16,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from llmlab.nn.dropout import check_rate
 from llmlab.nn.kernels.bias import Bias
 from llmlab.nn.masks import Mask
+from llmlab.nn.mup import MuP
 
 Auxiliary = dict[str, Array]
 """What a layer reports besides its output, by name (a router's statistics); empty for most layers."""
@@ -105,6 +107,14 @@ class Mixer(abc.ABC):
     def context_flops(self, dim: int, sequence_length: int) -> int:
         """Forward FLOPs per token of what is no parameter matmul (scores and weighted sum, counted in full)."""
 
+    def under_mup(self, mup: MuP, dim: int) -> "Mixer":
+        """The mixer with muP's factors for a model of width `dim`; itself where that is the base model's.
+
+        Raises:
+            ValueError: its muP is not known.
+        """
+        raise ValueError(f"muP of {type(self).__name__} is not known; use Attention(...), or mup=None")
+
 
 @dataclass(frozen=True, kw_only=True)
 class FeedForward(abc.ABC):
@@ -121,6 +131,10 @@ class FeedForward(abc.ABC):
             auxiliary: as a stack returns it, every array with a leading dimension of layers.
         """
         return {}
+
+    def under_mup(self, mup: MuP, dim: int) -> "FeedForward":
+        """The feed-forward with muP's factors for a model of width `dim`; hidden matrices need none."""
+        return self
 
     def idle_parameters(self, dim: int) -> int:
         """Matmul parameters of one layer that a token does not meet (the experts it is not sent to)."""
@@ -159,3 +173,10 @@ class Block:
     def build(self, dim: int, *, rngs: nnx.Rngs, depth: int = 1) -> nnx.Module:
         """Module `(x_BSD, context, key=None, cache=None) -> (y_BSD, cache, auxiliary)`."""
         return self.wiring.build(self, dim, rngs=rngs, depth=depth)
+
+    def under_mup(self, mup: MuP, dim: int) -> "Block":
+        """The block with muP's factors for a model of width `dim`. Raises ValueError where they are not known."""
+        cross = None if self.cross is None else self.cross.under_mup(mup, dim)
+        return dataclasses.replace(
+            self, mixer=self.mixer.under_mup(mup, dim), ffn=self.ffn.under_mup(mup, dim), cross=cross
+        )

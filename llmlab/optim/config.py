@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from llmlab.optim.parameters import Parameter
     from llmlab.optim.rules import Rule
+    from llmlab.optim.width import Fans, Growth
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,19 +99,23 @@ class Optimizer(abc.ABC):
         return {name: value for name, value in values.items() if value}
 
     def with_scalars(self, values: Mapping[str, Any]) -> "Optimizer":
-        """The same with other values of `scalars()`, which may be traced and are therefore not checked."""
+        """The same with other values of some fields, not checked: those of `scalars()` may be traced."""
         other = copy.copy(self)
         for name, value in values.items():
             object.__setattr__(other, name, value)  # frozen, and replace() would compare what is traced
         return other
 
-    def build(self, params_axes: dict[str, Any], total_steps: int) -> "optax.GradientTransformation":
+    def build(
+        self, params_axes: dict[str, Any], total_steps: int, *, growth: "Growth | None" = None
+    ) -> "optax.GradientTransformation":
         """The optimizer for parameters with these axes.
 
         Args:
             params_axes: nested dict of the structure of the parameters; its leaves are tuples of logical axis names,
                 "layers" first where layers are stacked.
             total_steps: length of the run in updates.
+            growth: under muP, how many times as long as in the base model each logical axis is
+                (`ModelConfig.width_growth`); None or empty for the standard parametrisation.
 
         Returns:
             optax.GradientTransformation: `init(params)`, `update(grads, state, params) -> (updates, state)`; the new
@@ -118,11 +123,12 @@ class Optimizer(abc.ABC):
             "learning_rate" and "gradient_norm" (before clipping) of the latest update, and those of the rule.
 
         Raises:
-            ValueError: the schedule does not fit into the run, or a group matches no parameter.
+            ValueError: the schedule does not fit into the run, a group matches no parameter, or the rule's learning
+                rates under muP are not known.
         """
         from llmlab.optim.transformation import assemble
 
-        return assemble(self, params_axes, total_steps)
+        return assemble(self, params_axes, total_steps, growth or {})
 
     @abc.abstractmethod
     def rule(self, parameters: dict[str, Any], decay: Any) -> "Rule":
@@ -137,6 +143,22 @@ class Optimizer(abc.ABC):
     def lr_multiplier(self, parameter: "Parameter") -> float:
         """Factor on the learning rate of a parameter, besides its group's."""
         return 1.0
+
+    def width_multiplier(self, parameter: "Parameter", fans: "Fans") -> float:
+        """Factor on the learning rate of a parameter whose inputs and outputs are so many times as many as in muP's
+        base model, while rate x weight_decay stays the same.
+
+        Raises:
+            ValueError: it is not known for this rule.
+        """
+        raise ValueError(
+            f"muP's learning rates are not known for {type(self).__name__}; give it a width_multiplier, use another "
+            "optimizer, or model.mup=None"
+        )
+
+    def at_width(self, ratio: float) -> "Optimizer":
+        """The rule for gradients that are smaller by this ratio, as those of a wider model are under muP."""
+        return self
 
 
 def check_positive(name: str, value: float, *, zero: bool = False) -> None:

@@ -23,6 +23,7 @@ from llmlab.optim.parameters import flatten, matches
 if TYPE_CHECKING:
     from llmlab.optim.parameters import Parameter
     from llmlab.optim.rules import Rule
+    from llmlab.optim.width import Fans
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,11 @@ class SGD(Optimizer):
         from llmlab.optim import rules
 
         return rules.then(rules.sgd(), decay)
+
+    def width_multiplier(self, parameter: "Parameter", fans: "Fans") -> float:
+        from llmlab.optim import width
+
+        return width.gradient(fans)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +56,11 @@ class Momentum(Optimizer):
         from llmlab.optim import rules
 
         return rules.then(rules.momentum(self.beta, nesterov=False), decay)
+
+    def width_multiplier(self, parameter: "Parameter", fans: "Fans") -> float:
+        from llmlab.optim import width
+
+        return width.gradient(fans)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +95,14 @@ class Adam(Optimizer):
 
         return rules.then(rules.adam(self.beta1, self.beta2, self.epsilon), decay)
 
+    def width_multiplier(self, parameter: "Parameter", fans: "Fans") -> float:
+        from llmlab.optim import width
+
+        return width.entrywise(fans)
+
+    def at_width(self, ratio: float) -> "Optimizer":
+        return self if ratio == 1.0 else self.with_scalars({"epsilon": self.epsilon / ratio})
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdamW(Adam):
@@ -110,6 +129,11 @@ class LAMB(Adam):
         adam = rules.adam(self.beta1, self.beta2, self.epsilon)
         return rules.then(adam, decay, rules.trust_ratio(parameters))
 
+    def width_multiplier(self, parameter: "Parameter", fans: "Fans") -> float:
+        from llmlab.optim import width
+
+        return width.relative(fans)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Lion(Optimizer):
@@ -131,6 +155,11 @@ class Lion(Optimizer):
         from llmlab.optim import rules
 
         return rules.then(rules.lion(self.beta1, self.beta2), decay)
+
+    def width_multiplier(self, parameter: "Parameter", fans: "Fans") -> float:
+        from llmlab.optim import width
+
+        return width.entrywise(fans)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +208,11 @@ class Adafactor(Optimizer):
             beta=self.beta,
         )
         return rules.then(adafactor, decay)
+
+    def width_multiplier(self, parameter: "Parameter", fans: "Fans") -> float:
+        from llmlab.optim import width
+
+        return width.relative(fans) if self.scale_by_parameter else width.entrywise(fans)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,6 +265,16 @@ class Muon(Optimizer):
 
     def lr_multiplier(self, parameter: "Parameter") -> float:
         return 1.0 if self.orthogonalises(parameter) else self.adamw_lr
+
+    def width_multiplier(self, parameter: "Parameter", fans: "Fans") -> float:
+        from llmlab.optim import width
+
+        if not self.orthogonalises(parameter):
+            return width.entrywise(fans)
+        return width.orthogonal(fans, scaled_to_rms=self.update_rms is not None)
+
+    def at_width(self, ratio: float) -> "Optimizer":
+        return self if ratio == 1.0 else self.with_scalars({"adamw_epsilon": self.adamw_epsilon / ratio})
 
     def rule(self, parameters: dict[str, Any], decay: Any) -> "Rule":
         from llmlab.optim import rules

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from llmlab.optim.config import Group, Optimizer
 from llmlab.optim.parameters import Parameter, describe, flatten, matches, select
+from llmlab.optim.width import Fans, Growth
 
 Tree = Mapping[str, Any]
 
@@ -18,22 +19,27 @@ Tree = Mapping[str, Any]
 _SHARED = {"step": jnp.int32, "learning_rate": jnp.float32, "gradient_norm": jnp.float32}
 
 
-def assemble(optimizer: Optimizer, params_axes: dict[str, Any], total_steps: int) -> optax.GradientTransformation:
+def assemble(
+    optimizer: Optimizer, params_axes: dict[str, Any], total_steps: int, growth: Growth
+) -> optax.GradientTransformation:
     """See `Optimizer.build`."""
     parameters = dict(flatten(describe(params_axes)))
     groups = _assign(optimizer.groups, list(parameters))
     frozen = {path for path, group in groups.items() if group.frozen}
     trained = select(describe(params_axes), lambda path: path not in frozen)
-    decays = jax.tree.map(lambda p: _weight_decay(optimizer, p, groups.get(p.path)), trained)
+    wider = jax.tree.map(lambda p: _width_multiplier(optimizer, p, growth), trained)
+    decays = jax.tree.map(lambda p, wide: _weight_decay(optimizer, p, groups.get(p.path)) / wide, trained, wider)
     factors = jax.tree.map(
-        lambda p: optimizer.lr_multiplier(p) * (groups[p.path].lr_multiplier if p.path in groups else 1.0), trained
+        lambda p, wide: optimizer.lr_multiplier(p) * wide * (groups[p.path].lr_multiplier if p.path in groups else 1.0),
+        trained,
+        wider,
     )
     learning_rate = optimizer.learning_rate(total_steps)
 
     def decay(updates: Tree, params: Tree) -> Tree:
         return jax.tree.map(lambda u, x, rate: u if _is_zero(rate) else u + rate * x, updates, params, decays)
 
-    rule = optimizer.rule(trained, decay)
+    rule = optimizer.at_width(growth.get("embed", 1.0)).rule(trained, decay)
 
     def trainable(tree: Tree) -> dict[str, Any]:
         _check_paths(tree, parameters)
@@ -107,6 +113,10 @@ def metrics(optimizer_state: Any) -> dict[str, Float[Array, ""]]:
 
 def _is_zero(rate: Any) -> bool:
     return not isinstance(rate, jax.Array) and rate == 0
+
+
+def _width_multiplier(optimizer: Optimizer, parameter: Parameter, growth: Growth) -> float:
+    return optimizer.width_multiplier(parameter, Fans.of(parameter, growth)) if growth else 1.0
 
 
 def _weight_decay(optimizer: Optimizer, parameter: Parameter, group: Group | None) -> Any:

@@ -135,7 +135,7 @@ def results(folder: Path, storage: str | None = None) -> dict[str, Any]:
             for trial in trials
             if trial["status"] in (Status.CORRUPT, Status.ABSENT) and trial["problem"]
         ],
-        "provenance": _provenance(finished),
+        "provenance": provenance_of(finished),
     }
 
 
@@ -249,7 +249,7 @@ def _distribution(axis: dict[str, Any], points: Sequence[dict[str, Any]]) -> Any
     return optuna.distributions.CategoricalDistribution(sorted({str(value) for value in values}))
 
 
-def _provenance(finished: Sequence[Trial]) -> dict[str, Any]:
+def provenance_of(finished: Sequence[Trial]) -> dict[str, Any]:
     """What the runs have in common, and which of them were made elsewhere or otherwise."""
     environments = [_environment(run.provenance) for run in finished]
     shared = environments[0] if environments else {}

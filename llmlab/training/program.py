@@ -80,7 +80,7 @@ class Program:
         """The program, not yet compiled; of `batch`, a global batch, only names, shapes and types matter. Allocates
         nothing."""
         graphdef, shapes, axes = model.abstract()
-        transformation = optimizer.build(axes, train.steps)
+        transformation = optimizer.build(axes, train.steps, growth=model.width_growth)
         kind: dict[str, Any] = {
             "precision": train.precision,
             "loss_scaling": train.loss_scaling,
@@ -93,7 +93,7 @@ class Program:
             return draw(model.build, key)
 
         def optimizer_of(scalars: dict[str, Any]) -> optax.GradientTransformation:
-            return optimizer.with_scalars(scalars).build(axes, train.steps)
+            return optimizer.with_scalars(scalars).build(axes, train.steps, growth=model.width_growth)
 
         where = batch_shardings(batch, placement)
         settings: dict[str, Any] = {

@@ -14,6 +14,7 @@ every token needs. The router's z-loss (ST-MoE, Zoph et al. 2022, 2202.08906, eq
 input by uniform noise in [1 - jitter, 1 + jitter] in training, to try experts that are nearly chosen.
 """
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -28,6 +29,7 @@ from llmlab.nn.dropout import check_rate, split_key
 from llmlab.nn.feed_forward import MLP, GatedMLP
 from llmlab.nn.moe.experts import Experts
 from llmlab.nn.moe.routing import Router, TopK
+from llmlab.nn.mup import MuP
 from llmlab.sharding import shard
 from llmlab.sharding.rules import active_placement
 
@@ -50,6 +52,8 @@ class MixtureOfExperts(FeedForward):
     """Weight of the router's z-loss, summed over the layers; 0.001 in ST-MoE."""
     jitter: float = 0.0
     """Noise on the router's input in training; 0.01 in Switch."""
+    router_scale: float = 1.0
+    """Factor on the router's logits, whose matrix starts larger by its inverse root: muP's 1 / width."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.expert, MLP | GatedMLP):
@@ -59,9 +63,16 @@ class MixtureOfExperts(FeedForward):
                 f"experts_per_token={self.experts_per_token} is not from 1 to num_experts={self.num_experts}"
             )
         check_rate("jitter", self.jitter)
+        if not self.router_scale > 0:
+            raise ValueError(f"router_scale={self.router_scale} is not positive; 1.0 leaves the router's logits alone")
 
     def build(self, dim: int, *, rngs: nnx.Rngs, depth: int = 1) -> "MixtureOfExpertsLayer":
         return MixtureOfExpertsLayer(self, dim, rngs=rngs, depth=depth)
+
+    def under_mup(self, mup: MuP, dim: int) -> "MixtureOfExperts":
+        # From embed to a fixed number of experts: an output matrix.
+        shared = None if self.shared is None else self.shared.under_mup(mup, dim)
+        return dataclasses.replace(self, router_scale=self.router_scale / mup.width_ratio(dim), shared=shared)
 
     def losses(self, auxiliary: Auxiliary) -> dict[str, Float[Array, ""]]:
         losses = self.router.losses(auxiliary)
@@ -82,7 +93,8 @@ class MixtureOfExpertsLayer(nnx.Module):
     def __init__(self, config: MixtureOfExperts, dim: int, *, rngs: nnx.Rngs, depth: int = 1) -> None:
         assert isinstance(config.expert, MLP | GatedMLP)
         self.config = config
-        self.router = Dense((("embed", dim),), (("router", config.num_experts),), bias=False, rngs=rngs)
+        gain = 1 / math.sqrt(config.router_scale)
+        self.router = Dense((("embed", dim),), (("router", config.num_experts),), bias=False, rngs=rngs, gain=gain)
         self.experts = Experts(config.expert, config.num_experts, dim, rngs=rngs, depth=depth)
         self.shared = config.shared.build(dim, rngs=rngs, depth=depth) if config.shared is not None else None
 
@@ -113,6 +125,8 @@ class MixtureOfExpertsLayer(nnx.Module):
             jitter = self.config.jitter
             x_BSD = x_BSD * jax.random.uniform(key, x_BSD.shape, jnp.float32, 1.0 - jitter, 1.0 + jitter)
         kernel_DE = self.router.kernel[...].astype(jnp.float32)
+        if self.config.router_scale != 1.0:
+            x_BSD = x_BSD * self.config.router_scale
         return shard(jnp.einsum("bsd,de->bse", x_BSD, kernel_DE), "batch", "sequence", None)
 
 
