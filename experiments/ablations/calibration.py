@@ -1,13 +1,13 @@
 """Does label smoothing make a model that has seen its data too often say how sure it may be?
 
-Claim    Of a model that saw 0.4 MB about ten times, label smoothing of 0.1 lowers the expected calibration error of the
+Claim    Of a model that saw 0.3 MB about ten times, label smoothing of 0.1 lowers the expected calibration error of the
          next token (Mueller, Kornblith and Hinton 2019, 1906.02629: smoothing calibrates overconfident networks).
 Command  llmlab ablate experiments/ablations/calibration.py
-Cost     2 arms x 5 seeds x 30 s on 2 CPU cores: 6 minutes
+Cost     2 arms x 5 seeds x 50 s on 2 CPU cores: 9 minutes
 Result   not yet measured
 
 The claim is about models that are overconfident, which one that sees every token once is not: there smoothing can only
-add error (label_smoothing.py measures it). Here four packages of the standard library, a quarter of their files set
+add error (label_smoothing.py measures it). Here three packages of the standard library, a quarter of their files set
 aside, are trained on for many epochs by a wider model. Whether that made the baseline overconfident is in
 `measure/confidence` against `measure/accuracy`: if not, the study says nothing about the claim's case.
 """

@@ -4,7 +4,7 @@ Claim    The frozen states of a masked language model, and of the encoder of a s
          probe more about what a docstring belongs to than those of a causal model of equal size trained on equally
          many tokens (Devlin et al. 2019, 1810.04805: states that see both sides).
 Command  llmlab ablate experiments/ablations/objectives_probe.py
-Cost     3 arms x 5 seeds x 30 s on 2 CPU cores, and 5 s for each probe: 9 minutes
+Cost     3 arms x 5 seeds x 32 s on 2 CPU cores, and 8 s for each probe: 10 minutes
 Result   not yet measured
 
 The probe: the first paragraph of a docstring, its states averaged over tokens, and which of ten packages of the
