@@ -3,7 +3,7 @@
 Claim    In the standard parametrisation AdamW's best learning rate falls with width; under muP it stays where it is, so
          that a width of 32 can be tuned in place of one of 256 (Yang et al. 2022, 2203.03466).
 Command  llmlab scaling experiments/scaling/mup.py --workers 2
-Cost     2 parametrisations x 4 widths x 6 rates x 2 seeds of 150 steps; about 25 minutes on 2 CPU cores
+Cost     84 runs of 150 steps: 4 widths, 6 rates, 2 seeds; estimated at 20 minutes on 2 CPU cores
 Result   not measured yet
 
 At the base width, 32, both arms are the same model to the bit: its runs are trained once.

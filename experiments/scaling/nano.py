@@ -4,7 +4,7 @@ Claim    The loss of nano models of Python's source code follows L = E + A / N^a
          the runs of the largest budget are predicted by the smaller ones, and the best size grows about as fast as the
          number of tokens (Hoffmann et al. 2022, 2203.15556: exponents near 0.5).
 Command  llmlab scaling experiments/scaling/nano.py --workers 2
-Cost     23 runs, 3.2e13 FLOPs; about 25 minutes on 2 CPU cores
+Cost     20 runs, 3.4e13 FLOPs, 37 million tokens; estimated at 20 minutes on 2 CPU cores
 Result   not measured yet
 
 Sizes share one learning rate by muP (2203.03466), so that no size loses by another's. Its base is the width of 64. The

@@ -211,9 +211,11 @@ def _plan(study: "Scaling | Transfer", runs: "Mapping[str, Experiment]", argumen
         status = Text(row["status"], style=STYLES[Status(row["status"])])
         table.add_row(Text(row["name"]), *(count(row[column]) for column in columns), status)
     console.print(table)
-    missing = sum(row["status"] in ("absent", "unfinished", "pruned") for row in rows)
+    by_hash = {row["hash"]: row["status"] for row in rows}
+    missing = sum(status in ("absent", "unfinished", "pruned") for status in by_hash.values())
+    same = f" ({len(rows) - len(by_hash)} are the same as others)" if len(by_hash) < len(rows) else ""
     flops = f", {count(sum(row['flops'] for row in rows))} FLOPs in all" if "flops" in columns else ""
-    print(f"{len(rows)} runs{flops}: {len(rows) - missing} exist already, {missing} would run")
+    print(f"{len(rows)} runs{same}{flops}: {len(by_hash) - missing} exist already, {missing} would run")
     print(f"folder {arguments.out}, runs in {arguments.runs}; nothing was written")
     return 0
 
