@@ -66,13 +66,13 @@ def expected(experiment: Experiment) -> dict[str, float | None]:
 def of_run(summary: Mapping[str, Any]) -> dict[str, float | None]:
     """The four quantities of a finished run, from its summary.json; None for what it does not tell."""
     tokens, speed = _number(summary.get("tokens")), _number(summary.get("tokens_per_second"))
-    flops = _number(summary.get("model_flops_per_second"))
+    flops_per_token = _number(summary.get("flops_per_token"))
     # The phase is of the run's last session alone, which for a resumed run is a part: only where no speed was measured.
     measured = _number((summary.get("seconds") or {}).get("train"))
     return {
         "tokens": tokens,
         "parameters": _number(summary.get("num_parameters")),
-        "flops": tokens * flops / speed if tokens and flops and speed else None,
+        "flops": tokens * flops_per_token if tokens and flops_per_token else None,
         "seconds": tokens / speed if tokens and speed else measured,
     }
 

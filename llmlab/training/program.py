@@ -208,7 +208,7 @@ class TrainStep:
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         return self.step(state, batch, self.scalars)
 
-    def lower(self, state: TrainState, batch: Mapping[str, Any]) -> jax.stages.Lowered:
+    def lower(self, state: TrainState, batch: Mapping[str, Any]) -> Any:
         """For these arrays or shapes, if it is not compiled."""
         return self.step.lower(state, batch, self.scalars)
 

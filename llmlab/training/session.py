@@ -242,6 +242,7 @@ class Session:
             "unit": unit,
             "baselines": counted,
             "num_parameters": program.num_parameters,
+            "flops_per_token": speed.flops_per_token,
         }
         if self.experiment.objective.perplexity and loss < _MAX_EXPONENT:
             summary["validation/perplexity"] = math.exp(loss)

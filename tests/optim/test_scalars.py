@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 from llmlab.models.llama import llama
-from llmlab.nn.mup import MuP
 from llmlab.nn.module import draw
+from llmlab.nn.mup import MuP
 from llmlab.optim import LAMB, SGD, Adafactor, AdamW, Constant, Lion, Muon, Optimizer
 
-OPTIMIZERS = [kind(peak_lr=0.03, weight_decay=0.2, schedule=Constant()) for kind in (SGD, AdamW, LAMB, Lion, Adafactor, Muon)]
+OPTIMIZERS = [
+    kind(peak_lr=0.03, weight_decay=0.2, schedule=Constant()) for kind in (SGD, AdamW, LAMB, Lion, Adafactor, Muon)
+]
 
 
 @pytest.mark.parametrize("wide", [False, True], ids=["standard", "muP"])

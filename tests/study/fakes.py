@@ -18,7 +18,7 @@ def finished(experiment: Experiment, value: float, **summary: Any) -> Trial:
     steps = experiment.train.steps
     metrics = [{"step": steps * i // 3, "tokens": 100 * i, "validation/loss": value + (3 - i) * 0.5} for i in (1, 2, 3)]
     content = {"step": steps, "tokens": 300, "validation/loss": value, "num_parameters": 1000} | summary
-    content |= {"tokens_per_second": 100.0, "model_flops_per_second": 600.0, "seconds": {"train": 9.0, "total": 10.0}}
+    content |= {"tokens_per_second": 100.0, "flops_per_token": 6.0, "seconds": {"train": 9.0, "total": 10.0}}
     return trial(experiment, Status.FINISHED, summary=content | summary, metrics=metrics)
 
 

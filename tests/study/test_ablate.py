@@ -288,8 +288,6 @@ def test_a_study_that_was_killed_goes_on_to_the_same_results(tmp_path: Path) -> 
         with started(directory) as process:
             out, said = process.communicate()
         assert process.returncode == 0, (out, said)
-    from llmlab.config import difference
-    print("DIFF", difference(timeless(results(killed)), timeless(results(whole))))
     assert timeless(results(killed)) == timeless(results(whole))
     sessions = [run["sessions"] for run in results(killed)["provenance"]["runs"]]
     assert max(sessions) > 1

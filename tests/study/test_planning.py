@@ -62,7 +62,7 @@ def test_what_the_config_does_not_tell_is_unknown(tiny: Experiment) -> None:
 
 
 def test_amounts_of_a_run_are_what_it_recorded() -> None:
-    speed = {"tokens_per_second": 50.0, "model_flops_per_second": 400.0, "seconds": {"train": 99.0}}
+    speed = {"tokens_per_second": 50.0, "flops_per_token": 8.0, "seconds": {"train": 99.0}}
     found = of_run({"tokens": 100, "num_parameters": 7} | speed)
     assert found == {"tokens": 100, "parameters": 7, "flops": 800, "seconds": 2}
     assert of_run({"tokens": 100, "seconds": {"train": 3.0}})["seconds"] == 3.0

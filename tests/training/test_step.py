@@ -224,7 +224,7 @@ def test_float16_without_loss_scaling_loses_the_gradients_that_are_below_its_sma
     params["head"] = params["head"] * 1e-3
     params["scale"] = params["scale"] * 1e-4
 
-    def moved(precision: str, **kind: str) -> tuple[Any, TrainState]:
+    def moved(precision: str, **kind: Any) -> tuple[Any, TrainState]:
         optimizer = SGD(peak_lr=1e6, clip_norm=None).build(logical_axes(make_model()), 10)
         state = new_state(jax.tree.map(jnp.copy, params), optimizer, precision=precision, **kind)
         step = make_train_step(graphdef, NextToken(), optimizer, precision=precision)
