@@ -133,6 +133,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.scale
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
@@ -154,6 +155,7 @@ def test_every_layer_changes_by_the_same_amount_at_all_widths_under_mup_only(nam
     assert max(standard.values()) > 0.3, told
 
 
+@pytest.mark.scale
 def test_what_is_left_of_the_slope_of_the_logits_goes_away_with_width() -> None:
     sgd = SGD(peak_lr=0.1, clip_norm=None)
     narrow, middle, wide = checked(sgd, (64, 256, 1024), mup=True, head=Tied())
@@ -161,6 +163,7 @@ def test_what_is_left_of_the_slope_of_the_logits_goes_away_with_width() -> None:
     assert all(abs(slope) < 0.05 for layer, slope in slopes([middle, wide]).items() if layer != "logits")
 
 
+@pytest.mark.scale
 def test_the_size_of_activations_is_flat_too() -> None:
     found = checked(AdamW(peak_lr=2e-2), (64, 512), mup=True)
     assert all(abs(slope) < 0.15 for layer, slope in slopes(found, of="size").items() if layer != "logits")

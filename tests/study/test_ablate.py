@@ -269,6 +269,7 @@ def in_the_middle(directory: Path) -> bool:
     return bool(summaries(directory)) and any((path / "checkpoints" / "10").exists() for path in unfinished)
 
 
+@pytest.mark.scale
 def test_a_study_that_was_killed_goes_on_to_the_same_results(tmp_path: Path) -> None:
     killed, whole = (write(_made(tmp_path / name), LONG) for name in ("killed", "whole"))
     with started(killed) as process:

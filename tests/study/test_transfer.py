@@ -149,6 +149,7 @@ def scaling():
 """
 
 
+@pytest.mark.scale
 def test_the_command_trains_checks_coordinates_and_reports(
     directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -26,6 +26,7 @@ from llmlab.training.faults import Interrupted, NonFiniteError
 from llmlab.training.provenance import read_provenance
 from llmlab.training.report import NullReport
 
+pytestmark = pytest.mark.scale
 NUMBERS = ("train/loss", "validation/loss", "gradient_norm", "learning_rate", "validation/ema_loss")
 NUMBERS += ("gradient_norm/layer.0", "gradient_norm/layer.1", "gradient_norm/embedding")
 
