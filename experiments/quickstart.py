@@ -4,8 +4,8 @@ Claim    A Llama-shaped decoder of 1.7 million parameters, trained from scratch 
          ends far below a unigram and clearly below a smoothed bigram model of the same tokens.
 Command  llmlab train experiments/quickstart.py
 Cost     under 4 minutes on 2 CPU cores: tokenizer, tokens, compilation and training
-Result   validation 2.438 nats a token against 3.505 (bigram) and 5.062 (unigram), 1.73 bits a byte, in 2 min 53 s
-         (2026-11-25, 2 cores, Python 3.11.7, jax 0.10.2; 2.435 on another machine)
+Result   validation 2.472 nats a token against 3.505 (bigram) and 5.062 (unigram), 1.76 bits a byte, in 2 min 48 s
+         (2026-11-26, 2 cores, Python 3.11.7, jax 0.10.2)
 """
 
 from llmlab.data import INDENTATION, Packed, StandardLibrary
