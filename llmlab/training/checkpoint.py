@@ -22,10 +22,11 @@ import contextlib
 import functools
 import hashlib
 import json
+import logging
 import os
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -349,9 +350,24 @@ def restore_params(checkpoints: Path, abstract: Params, *, step: int | None = No
     item = (checkpoints / str(max(good)) / name).absolute()
     if not item.is_dir():
         raise ValueError(f"{item.parent} holds no average of the weights: the run was trained without (optimizer.ema)")
-    with contextlib.closing(ocp.StandardCheckpointer()) as checkpointer:
+    with _without_remarks(), contextlib.closing(ocp.StandardCheckpointer()) as checkpointer:
         _check_shapes(checkpointer.metadata(item).item_metadata, abstract)
         return checkpointer.restore(item, abstract)
+
+
+@contextlib.contextmanager
+def _without_remarks() -> Iterator[None]:
+    """orbax warns that an item has no metadata beside its arrays; it needs none, and nobody could do anything."""
+
+    def tells(record: logging.LogRecord) -> bool:
+        return "Metadata file does not exist" not in record.getMessage()
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(tells)
+    try:
+        yield
+    finally:
+        logger.removeFilter(tells)
 
 
 def save_params(checkpoints: Path, params: Params, *, step: int) -> Path:

@@ -285,8 +285,11 @@ def test_an_error_while_writing_is_raised_where_the_run_looks(
         checkpoints.wait()
 
 
-def test_parameters_alone_are_read_without_touching_the_run(
-    open_checkpoints: Callable[..., Checkpoints], state: TrainState, tmp_path: Path
+def test_parameters_alone_are_read_without_touching_the_run_or_a_word(
+    open_checkpoints: Callable[..., Checkpoints],
+    state: TrainState,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     checkpoints = open_checkpoints()
     for step in (1, 2, 3):
@@ -298,6 +301,7 @@ def test_parameters_alone_are_read_without_touching_the_run(
     assert_identical(restore_params(directory, shapes.params), numbered(state, 2).params)
     assert_identical(restore_params(directory, shapes.params, step=1), numbered(state, 1).params)
     assert_identical(restore_params(directory, shapes.params, ema=True), numbered(state, 2).ema)
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
     with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 9; there are \[1, 2, 3\]"):
         restore_params(directory, shapes.params, step=9)
     assert_identical(restore_params(directory, shapes.params, step=3), numbered(state, 3).params)
