@@ -4,7 +4,7 @@ Claim    At the start of training the share of queries that give one key more th
          by more than 0.1 (Vaswani et al. 2017, 1706.03762, footnote 4).
 Command  llmlab ablate experiments/ablations/attention_saturation.py
 Cost     none beyond attention_scale.py, whose runs these are
-Result   not yet measured
+Result   supported: 21.9% of the queries, [21.4%, 22.4%], against 0.0% (2026-11-26, 2 cores, jax 0.10.2)
 """
 
 from attention_scale import UNSCALED, config, saturation

@@ -4,7 +4,7 @@ Claim    Without the division the loss is worse (Vaswani et al. 2017, 1706.03762
          of size one have size sqrt(d_k), where softmax is saturated and passes little gradient on).
 Command  llmlab ablate experiments/ablations/attention_scale.py
 Cost     2 arms x 8 seeds x 12 s on 2 CPU cores: 4 minutes
-Result   not yet measured
+Result   supported: +0.530 [+0.469, +0.591] nats a token, in 171 s (2026-11-26, 2 cores, jax 0.10.2)
 
 Two heads of 64 dimensions, so that the factor is 8. Queries and keys start at the size that makes the division right;
 T5 leaves the division out and starts them smaller instead, which `query_gain=1` forbids. `measure/entropy_at_start` and

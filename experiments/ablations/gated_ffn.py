@@ -3,7 +3,8 @@
 Claim    At equal parameters GELU and ReLU feed-forwards are worse than SwiGLU (Shazeer 2020, 2002.05202, table 1).
 Command  llmlab ablate experiments/ablations/gated_ffn.py
 Cost     3 arms x 8 seeds x 10 s on 2 CPU cores: 5 minutes
-Result   not yet measured
+Result   inconclusive: ReLU is worse, +0.047 [+0.022, +0.072] nats a token; GELU, -0.017 [-0.047, +0.012], would take
+         about 36 seeds to settle; in 166 s (2026-11-26, 2 cores, jax 0.10.2)
 
 SwiGLU has 3 matrices of 64 x 176, the others 2 of 64 x 264: the same number of parameters to the last one. The paper
 finds a few hundredths of a nat at every length that it shows; hence eight seeds and no margin.

@@ -4,7 +4,7 @@ Claim    Trained with 0.1 of the target's probability spread over the vocabulary
          et al. 2017, 1706.03762, section 5.4: "hurts perplexity, as the model learns to be more unsure").
 Command  llmlab ablate experiments/ablations/label_smoothing.py
 Cost     2 arms x 5 seeds x 10 s on 2 CPU cores: 2 minutes
-Result   not yet measured
+Result   supported: +0.091 [+0.070, +0.112] nats a token, in 95 s (2026-11-26, 2 cores, jax 0.10.2)
 
 Both arms are compared by the plain loss, whatever they minimise. That smoothing helps a model that sees its data many
 times is another claim: calibration.py.
