@@ -4,7 +4,7 @@ Claim    Twelve layers without residual additions end more than 0.3 nats worse t
          1512.03385), whatever the norms before each part do for the scale of its input.
 Command  llmlab ablate experiments/ablations/residual_depth.py
 Cost     2 arms x 5 seeds x 20 s on 2 CPU cores: 5 minutes
-Result   not yet measured
+Result   supported: +1.505 [+1.487, +1.522] nats a token, in 189 s (2026-11-26, 2 cores, jax 0.10.2)
 
 The margin is a third of what twelve layers gain over a unigram model here. The gradient norms that explain it are
 those of residual_gradients.py, of the same runs.

@@ -5,7 +5,7 @@ Claim    At the start of training the gradient norms of twelve layers lie furthe
          without them makes all tokens alike).
 Command  llmlab ablate experiments/ablations/residual_gradients.py
 Cost     none beyond residual_depth.py, whose runs these are
-Result   not yet measured
+Result   supported: 1.79 orders of magnitude against 0.72, +1.07 [+0.96, +1.19] (2026-11-26, 2 cores, jax 0.10.2)
 """
 
 from residual_depth import config, gradients
