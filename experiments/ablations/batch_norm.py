@@ -4,7 +4,7 @@ Claim    With BatchNorm in LayerNorm's places the loss is worse, although its st
          later ones (Shen et al. 2020, 2003.07845: statistics of language batches fluctuate).
 Command  llmlab ablate experiments/ablations/batch_norm.py
 Cost     2 arms x 5 seeds x 10 s on 2 CPU cores: 2 minutes
-Result   not yet measured
+Result   supported: +0.962 [+0.864, +1.060] nats a token, in under 2 minutes (2026-11-26, 2 cores, jax 0.10.2)
 
 Parameters, tokens and FLOPs are equal. BatchNorm takes mean and variance over all tokens of the batch at hand, in
 validation too: that is its best case. `measure/leak` is how far the scores of a row's first token move when its last
