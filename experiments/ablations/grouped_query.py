@@ -4,7 +4,8 @@ Claim    Two key/value heads for four query heads (grouped-query), and one (mult
          than 0.03 nats (Shazeer 2019, 1911.02150; Ainslie et al. 2023, 2305.13245).
 Command  llmlab ablate experiments/ablations/grouped_query.py
 Cost     3 arms x 6 seeds x 10 s on 2 CPU cores: 4 minutes
-Result   not yet measured
+Result   inconclusive: both are worse by about the margin: two key/value heads +0.025, one +0.032 nats a token
+         (2026-11-26, 2 cores, jax 0.10.2)
 
 At equal tokens; fewer heads are also 7% and 10% fewer parameters, which are not given back: what is bought is the cache
 of decoding, 2 and 4 times smaller. The margin is three times what pairs of runs vary by.
