@@ -24,6 +24,7 @@ from llmlab.study.storage import Store
 from llmlab.study.trials import Status
 from llmlab.study.work import Place, save_job, train
 from llmlab.training.faults import Pruned
+from llmlab.training.program import Programs
 from llmlab.training.report import NullReport, Report
 
 if TYPE_CHECKING:
@@ -214,8 +215,6 @@ class SampledWork:
         self._space = space
         self._search = search
         self._original = base if place.file is None else read_experiment(place.file)
-        from llmlab.training.program import Programs
-
         self._programs = Programs()
 
     def take(self) -> Claim | None:

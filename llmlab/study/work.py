@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from llmlab.config import config_hash, defining_file, from_json, load_experiment_file, to_json
 from llmlab.experiment import Experiment
@@ -29,9 +29,7 @@ from llmlab.study.trials import Status, Trial, directory_of, read_trial, run_tri
 from llmlab.training.directory import write_text
 from llmlab.training.faults import Interrupted, Interruption
 from llmlab.training.metrics import FILE_NAME as METRICS
-
-if TYPE_CHECKING:
-    from llmlab.training.program import Programs
+from llmlab.training.program import Programs
 
 DEFAULT_ROOT = Path("runs/trials")
 """Where the run directories of all studies are."""
@@ -159,8 +157,6 @@ class FixedWork:
         self._load = functools.cache(load)
         self._pruner = pruner
         self._seeds_together = seeds_together
-        from llmlab.training.program import Programs
-
         self._programs = Programs()
 
     def take(self) -> Claim | None:
@@ -205,9 +201,7 @@ def without_seed(experiment: Experiment) -> Experiment:
     return replace(experiment, train=replace(experiment.train, seed=0))
 
 
-def train(
-    place: Place, queue: Queue, claim: Claim, experiment: Experiment, *, pruner: str, programs: "Programs"
-) -> None:
+def train(place: Place, queue: Queue, claim: Claim, experiment: Experiment, *, pruner: str, programs: Programs) -> None:
     """Trains a claimed experiment and records the outcome. Raises Interrupted."""
     report = None
     if pruner != "none":

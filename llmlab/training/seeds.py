@@ -48,6 +48,7 @@ class Lane:
     program: Program
     checkpoints: Checkpoints
     log: MetricsLog
+    speed: Throughput
     start: int = 0
     unevaluated: bool = False
     failure: NonFiniteError | None = None
@@ -107,7 +108,13 @@ def _opened(session: Session, open_files: contextlib.ExitStack) -> Lane:
     log = open_files.enter_context(contextlib.closing(MetricsLog(session.directory.path)))
     program = session.program(tokenizer, dataset)
     return Lane(
-        session=session, tokenizer=tokenizer, dataset=dataset, program=program, checkpoints=checkpoints, log=log
+        session=session,
+        tokenizer=tokenizer,
+        dataset=dataset,
+        program=program,
+        checkpoints=checkpoints,
+        log=log,
+        speed=throughput(program, session.experiment.train.steps),
     )
 
 
@@ -125,7 +132,6 @@ def _train_together(lanes: list[Lane], states: list[TrainState]) -> list[Params]
     config, start = first.experiment.train, lanes[0].start
     stacked, where = _stack_states(states, program)
     step, place = _vectorized(lanes, where)
-    speeds = [throughput(program, config.steps) for _ in lanes]
     parts = Parts(
         config=config,
         step=step,
@@ -134,8 +140,8 @@ def _train_together(lanes: list[Lane], states: list[TrainState]) -> list[Params]
             lambda number: _rows([lane.dataset.train.batch(number) for lane in lanes]), begin, place, stop=config.steps
         ),
         checkpoints=_Savers(lanes),
-        recorder=_Recorders(lanes, speeds),
-        speed=_Speeds(speeds),
+        recorder=_Recorders(lanes),
+        speed=_Speeds(lanes),
         phases=first.phases,
         report=first.report,
         interruption=first.interruption,
@@ -200,11 +206,11 @@ def _lane(tree: Any, number: int) -> Any:
 class _Recorders:
     """A recorder for every lane; those whose loss is not finite any more record no further."""
 
-    def __init__(self, lanes: list[Lane], speeds: list[Throughput]) -> None:
+    def __init__(self, lanes: list[Lane]) -> None:
         self._lanes = lanes
         self._each = [
-            Recorder(lane.log, lane.session.report, speed, lane.session.experiment.train, lane.checkpoints.newest)
-            for lane, speed in zip(lanes, speeds, strict=True)
+            Recorder(lane.log, lane.session.report, lane.speed, lane.session.experiment.train, lane.checkpoints.newest)
+            for lane in lanes
         ]
 
     def step(self, step: int, metrics: list[dict[str, jax.Array]]) -> None:
@@ -235,14 +241,14 @@ class _Recorders:
 class _Speeds:
     """The speeds of all lanes, paused together."""
 
-    def __init__(self, speeds: list[Throughput]) -> None:
-        self._speeds = speeds
+    def __init__(self, lanes: list[Lane]) -> None:
+        self._lanes = lanes
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
         with contextlib.ExitStack() as pauses:
-            for speed in self._speeds:
-                pauses.enter_context(speed.pause())
+            for lane in self._lanes:
+                pauses.enter_context(lane.speed.pause())
             yield
 
 
@@ -315,6 +321,5 @@ def _outcome(lane: Lane, params: Params, together: int) -> Outcome:
     if lane.failure is not None:
         return Outcome(session=session, failure=lane.failure)
     counted = lane.dataset.baselines(session.experiment.train.accumulation)
-    speed = throughput(lane.program, session.experiment.train.steps)
-    summary = session.summary(lane.program, lane.dataset, speed, counted) | {"seeds_together": together}
+    summary = session.summary(lane.program, lane.dataset, lane.speed, counted) | {"seeds_together": together}
     return Outcome(session=session, model=merge(lane.program.graphdef, params), summary=summary)

@@ -54,8 +54,12 @@ class Scalars:
     @classmethod
     def of(cls, optimizer: Optimizer, seed: int) -> "Scalars":
         """As NumPy arrays, which every process has alike."""
-        key = np.asarray(jax.random.key_data(jax.random.fold_in(jax.random.key(seed), _DROPOUT_KEY)))
-        return cls(key=key, optimizer={name: np.float32(value) for name, value in optimizer.scalars().items()})
+        optimizer_scalars = {name: np.float32(value) for name, value in optimizer.scalars().items()}
+        return cls(key=_dropout_key(seed), optimizer=optimizer_scalars)
+
+
+def _dropout_key(seed: int) -> np.ndarray:
+    return np.asarray(jax.random.key_data(jax.random.fold_in(jax.random.key(seed), _DROPOUT_KEY)))
 
 
 def make_train_step(
@@ -63,10 +67,10 @@ def make_train_step(
 ) -> Any:
     """The jitted step of one optimizer and one seed of dropout, `(state, batch) -> (state, metrics)`; the state that
     goes in is given up. Other arguments as for `train_step`."""
-    key = np.asarray(jax.random.key_data(jax.random.fold_in(jax.random.key(seed), _DROPOUT_KEY)))
+    scalars = Scalars(key=_dropout_key(seed), optimizer={})
     step = train_step(graphdef, objective, lambda _: optimizer, **settings)
     return jitted(
-        lambda state, batch: step(state, batch, Scalars(key=key, optimizer={})),
+        lambda state, batch: step(state, batch, scalars),
         layout=settings.get("layout"),
         where=(settings.get("where"),),
     )
