@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmlab.commands.passwords import without_password
+
 if TYPE_CHECKING:
     from llmlab.study.ablation import Ablation
 
@@ -86,7 +88,7 @@ def _run(ablation: "Ablation", arguments: argparse.Namespace, argv: Sequence[str
     compilation_cache.enable(default_cache_dir())
     path: Path = arguments.file
     folder = _folder(arguments)
-    command = _without_password(["llmlab", "ablate", *argv], arguments.storage)
+    command = without_password(["llmlab", "ablate", *argv], arguments.storage)
     board = Board(quiet=arguments.json)
     try:
         with board:
@@ -123,17 +125,6 @@ def _show(results: dict[str, Any], folder: Path, *, as_json: bool) -> None:
         print(json.dumps(results, indent=2, allow_nan=False))
     else:
         ablate_tables.print_results(results, folder)
-
-
-def _without_password(words: list[str], storage: str | None) -> str:
-    """The command line, without the password of its storage; nor is it left where provenance records it."""
-    if storage is None:
-        return shlex.join(words)
-    from llmlab.study.storage import shown, storage_url
-
-    hidden = shown(storage_url(Path(), storage))  # which refuses what is no address
-    sys.argv = [word.replace(storage, hidden) for word in sys.argv]
-    return shlex.join([word.replace(storage, hidden) for word in words])
 
 
 def _reproducing(argv: Sequence[str]) -> str:

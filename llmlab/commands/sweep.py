@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmlab.commands.passwords import without_password
+
 if TYPE_CHECKING:
     from llmlab.study.sweep import Prepared
 
@@ -45,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(f"{arguments.experiment} is a directory; to look at a sweep: llmlab sweep status FOLDER")
     if arguments.workers < 1:
         raise ValueError(f"--workers {arguments.workers} does nothing; give at least 1")
-    again = _without_password(["llmlab", "sweep", *argv], arguments.storage)
+    again = without_password(["llmlab", "sweep", *argv], arguments.storage)
     from llmlab.study.sweep import prepare
 
     prepared = prepare(
@@ -155,7 +157,7 @@ def _look(verb: str, argv: Sequence[str]) -> int:
     parser.add_argument("--storage", metavar="URL", help="where its queue is, if the address has a password")
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args(argv)
-    _without_password([], arguments.storage)
+    without_password([], arguments.storage)
     path: Path = arguments.sweep
     folder = Path("studies") / f"{path.stem}-sweep" if path.suffix == ".py" else path
     from llmlab.study import sweep_results
@@ -262,20 +264,6 @@ def _print_best(results: dict[str, Any]) -> None:
     print(f"  {best['command']}")
     for line in best["told"]:
         print(f"  with, in the file: {line}")
-
-
-def _without_password(words: list[str], storage: str | None) -> str:
-    """The command line, without the password of its storage; nor is it left where provenance records it."""
-    if storage is not None:
-        from llmlab.study.storage import shown
-
-        try:
-            hidden = shown(storage)
-        except ValueError:  # no address: told by whoever opens it
-            hidden = storage
-        words = [word.replace(storage, hidden) for word in words]
-        sys.argv = [word.replace(storage, hidden) for word in sys.argv]
-    return shlex.join(words)
 
 
 def _check_installed() -> None:

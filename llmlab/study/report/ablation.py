@@ -8,7 +8,7 @@ from pathlib import Path
 
 from llmlab.study.report import ablation_figures, ablation_page, ablation_text
 from llmlab.study.report.ablation_results import read
-from llmlab.training.directory import write_text
+from llmlab.study.report.files import written
 
 
 def write(folder: Path) -> list[Path]:
@@ -31,6 +31,4 @@ def write(folder: Path) -> list[Path]:
         "report.md": ablation_text.markdown(results, [path.name for path in figures]),
         "table.tex": ablation_text.latex(results),
     }
-    for name, text in texts.items():
-        write_text(folder / name, text)
-    return [*(folder / name for name in texts), *figures]
+    return written(folder, texts, figures)

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from llmlab.study.report import scaling_figures, scaling_page, scaling_text
+from llmlab.study.report.files import written
 from llmlab.study.report.scaling_results import read
-from llmlab.training.directory import write_text
 
 
 def write(folder: Path) -> list[Path]:
@@ -27,6 +27,4 @@ def write(folder: Path) -> list[Path]:
         "report.html": scaling_page.render(results),
         "report.md": scaling_text.markdown(results, [path.name for path in figures]),
     }
-    for name, text in texts.items():
-        write_text(folder / name, text)
-    return [*(folder / name for name in texts), *figures]
+    return written(folder, texts, figures)

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from llmlab.study.report import sweep_figures, sweep_page, sweep_text
+from llmlab.study.report.files import written
 from llmlab.study.report.sweep_results import read
-from llmlab.training.directory import write_text
 
 
 def write(folder: Path) -> list[Path]:
@@ -27,6 +27,4 @@ def write(folder: Path) -> list[Path]:
         "report.html": sweep_page.render(results),
         "report.md": sweep_text.markdown(results, [path.name for path in figures]),
     }
-    for name, text in texts.items():
-        write_text(folder / name, text)
-    return [*(folder / name for name in texts), *figures]
+    return written(folder, texts, figures)

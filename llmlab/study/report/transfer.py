@@ -7,9 +7,9 @@ from typing import Any
 from llmlab.study.report import markdown as md
 from llmlab.study.report import transfer_figures, transfer_page, words
 from llmlab.study.report import transfer_words as said
+from llmlab.study.report.files import written
 from llmlab.study.report.scaling_text import listed_problems
 from llmlab.study.report.transfer_results import read
-from llmlab.training.directory import write_text
 
 _IMAGES = {"transfer.png": "Loss against learning rate for each width", "coordinates.png": "Coordinate check"}
 
@@ -33,9 +33,7 @@ def write(folder: Path) -> list[Path]:
         "report.html": transfer_page.render(results),
         "report.md": markdown(results, [path.name for path in figures]),
     }
-    for name, text in texts.items():
-        write_text(folder / name, text)
-    return [*(folder / name for name in texts), *figures]
+    return written(folder, texts, figures)
 
 
 def markdown(results: dict[str, Any], figures: Sequence[str]) -> str:
