@@ -184,7 +184,9 @@ def _prefill(
 ) -> tuple[jax.Array, Any]:
     """First new token of every row, and the caches with the prompts in them."""
     model: DecoderModel = merge(graphdef, params)
-    hidden = model.hidden_states(input_ids, cache=cache)
+    place_S = jnp.arange(input_ids.shape[1])
+    position_BS = jnp.where(place_S < length_B[:, None], place_S, -1)  # padding is remembered by no kind of cache
+    hidden = model.hidden_states(input_ids, position_ids=position_BS, cache=cache)
     last_BD = jnp.take_along_axis(hidden.states, (length_B - 1)[:, None, None], axis=1)[:, 0]
     return sample(
         model.project(last_BD)[:, :num_tokens], sampling, key, jnp.arange(len(length_B)), length_B
