@@ -62,6 +62,11 @@ class Steps(abc.ABC):
         """Positions that the model has for what it continues; None for any number."""
         return self.config.max_length
 
+    @property
+    def num_scores(self) -> int:
+        """Scores that `project` gives: the size of the vocabulary."""
+        return self.config.vocab_size
+
     @abc.abstractmethod
     def new_state(
         self, batch_size: int, length: int, dtype: jnp.dtype | type = jnp.float32, inputs: Inputs | None = None
