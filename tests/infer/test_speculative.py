@@ -117,7 +117,7 @@ def test_greedy_speculation_writes_what_greedy_decoding_writes(family):
         assert [list(row.token_ids) for row in found.rows] == own, name
         assert found.statistics.tokens == len(PROMPTS) * (length - 1)
         rates[name] = found.statistics.acceptance_rate
-        stopped = speculative(model, draft, PROMPTS, **options, num_drafted=3, eos_id=ends, batch_size=2)
+        stopped = speculative(model, draft, PROMPTS, **options, num_drafted=3, eos_id=ends)
         assert [list(row.token_ids) for row in stopped.rows] == until, name
         assert {row.finish_reason for row in stopped.rows} <= {"stop", "length"}
     assert rates["itself"] == 1
