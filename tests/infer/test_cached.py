@@ -1,7 +1,7 @@
 """Whatever a model remembers, decoding gives the logits of the whole forward pass: every family that writes text."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -68,12 +68,21 @@ class Case:
     """Prompts and what follows them."""
     lengths: tuple[int, int] = (5, 3)
     """Of the prompts."""
+    visible: tuple[int, int] | None = None
+    """How many of each prompt's tokens see each other; None for as many as it has, where that is so at all."""
     cut: int | None = 2
     """Column of the prompts at which one call ends and another begins."""
 
     @property
     def ids(self) -> jax.Array:
         return jnp.array(self.rows)
+
+    @property
+    def positions(self) -> jax.Array:
+        """Of the columns of the four prompts."""
+        column_S, length_B1 = jnp.arange(self.longest), jnp.array(self.lengths)[:, None]
+        right_BS = jnp.where(column_S < length_B1, column_S, -1)
+        return jnp.concatenate([right_BS, jnp.maximum(column_S - (self.longest - length_B1), -1)])
 
     @property
     def longest(self) -> int:
@@ -85,7 +94,8 @@ class Case:
         if isinstance(self.config, xlnet.PermutationTransformer):
             return _left_to_right(model, self.ids)
         if isinstance(self.config, paligemma.PaliGemma):
-            suffix = (jnp.arange(self.ids.shape[1]) >= length_B1).astype(jnp.int32)
+            prefix_B1 = jnp.array(self.visible or self.lengths)[:, None]
+            suffix = (jnp.arange(self.ids.shape[1]) >= prefix_B1).astype(jnp.int32)
             return model(self.ids, PIXELS[:, 0], token_type_ids=suffix).logits
         if isinstance(self.config, VisualDecoder):
             # tokens after the prompt see what its last token sees
@@ -108,6 +118,8 @@ class Case:
         if isinstance(self.config, VisualDecoder):
             seen = jnp.take_along_axis(jnp.tile(SEEN, (2, 1, 1)), jnp.maximum(position_BS, 0)[..., None], axis=1)
             return {"image_attention_mask": seen, **twice} if first else {"image_attention_mask": seen}
+        if self.visible is not None:
+            twice["token_type_ids"] = (position_BS >= jnp.tile(jnp.array(self.visible), 2)[:, None]).astype(jnp.int32)
         return twice or None if first else None
 
 
@@ -127,6 +139,17 @@ def _tower(make: Any, **more: Any) -> Any:
 LOCAL = LocalAttention(num_heads=4, chunk=2)
 _reformer: dict[str, Any] = {"embed_dim": 16, "hidden_dim": 24, "vocab_size": VOCAB, "position": Axial((4, 4), (4, 12))}
 _t5: dict[str, Any] = {**SIZES, "head_dim": 8, "hidden_dim": 24, "num_buckets": 8}
+PALIGEMMA = Case(
+    paligemma.PaliGemma(
+        vision=_tower(siglip.siglip, pooled=False),
+        text=gemma.gemma(**GROUPED, head_dim=8),
+        image_token_id=IMAGE,
+    ),
+    {"pixel_values": PIXELS[:, 0]},
+    ((*[IMAGE] * 4, 5, 9, 2, 7, 1, 3), (*[IMAGE] * 4, 3, 1, 8, 8, 4, 2)),
+    lengths=(7, 5),
+    cut=None,  # image and prompt see each other
+)
 CASES: dict[str, Case] = {
     "GPT-2": Case(gpt2.gpt2(**SIZES, max_length=16)),
     "Llama": Case(llama.llama(**GROUPED)),
@@ -161,17 +184,8 @@ CASES: dict[str, Case] = {
     "mT5": Case(t5.t5(**_t5, gated=True, scaled=False), SOURCE),
     "BART": Case(bart.bart(**SIZES, max_length=16), SOURCE),
     "mBART": Case(mbart.mbart(**SIZES, max_length=16), SOURCE),
-    "PaliGemma": Case(
-        paligemma.PaliGemma(
-            vision=_tower(siglip.siglip, pooled=False),
-            text=gemma.gemma(**GROUPED, head_dim=8),
-            image_token_id=IMAGE,
-        ),
-        {"pixel_values": PIXELS[:, 0]},
-        ((*[IMAGE] * 4, 5, 9, 2, 7, 1, 3), (*[IMAGE] * 4, 3, 1, 8, 8, 4, 2)),
-        lengths=(7, 5),
-        cut=None,  # image and prompt see each other
-    ),
+    "PaliGemma": PALIGEMMA,
+    "PaliGemma, an answer begun": replace(PALIGEMMA, visible=(6, 4)),
     "Flamingo": Case(
         flamingo.flamingo(
             **SIZES,
@@ -195,13 +209,10 @@ def prepared(case: Case) -> tuple[Steps, Params]:
     return steps, jax.tree.unflatten(tree, moved)
 
 
-def decoded(case: Case, steps: Steps, params: Params, dtype: Any = jnp.float32) -> tuple[jax.Array, jax.Array]:
-    """Logits of the four prompts' columns, and of the tokens after them."""
-    length_B1 = jnp.tile(jnp.array(case.lengths), 2)[:, None]
-    column_S = jnp.arange(case.longest)
-    right_BS = jnp.where(column_S < length_B1[:2], column_S, -1)
-    left_BS = jnp.maximum(column_S - (case.longest - length_B1[2:]), -1)
-    position_BS = jnp.concatenate([right_BS, left_BS])
+def decoded(
+    case: Case, steps: Steps, params: Params, position_BS: jax.Array, dtype: Any = jnp.float32
+) -> tuple[jax.Array, jax.Array, State]:
+    """Logits of the four prompts' columns, of the tokens after them, and the state in the end."""
     begin_BS, end_BS = jnp.split(position_BS, [case.cut or case.longest], axis=1)
     inputs = case.inputs_of(begin_BS, first=True)
     state = steps.new_state(4, len(case.rows[0]), dtype, inputs)
@@ -215,12 +226,12 @@ def decoded(case: Case, steps: Steps, params: Params, dtype: Any = jnp.float32) 
         states = jnp.concatenate([states, ended], axis=1)
 
     def step(state: State, number: jax.Array) -> tuple[State, jax.Array]:
-        position_B1 = length_B1 + number
+        position_B1 = position_BS.max(axis=1, keepdims=True) + 1 + number
         hidden, state = steps.step(params, state, case.given(position_B1), position_B1)
         return state, hidden[:, 0]
 
-    _, after_SBD = jax.lax.scan(step, state, jnp.arange(STEPS))
-    return steps.project(params, states), steps.project(params, after_SBD.swapaxes(0, 1))
+    state, after_SBD = jax.lax.scan(step, state, jnp.arange(STEPS))
+    return steps.project(params, states), steps.project(params, after_SBD.swapaxes(0, 1)), state
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -229,10 +240,10 @@ def test_decoding_gives_the_logits_of_the_whole_forward_pass(name: str) -> None:
     steps, params = prepared(case)
 
     @jax.jit
-    def both(params: Params) -> Any:
-        return case.whole(merge(steps.graphdef, params)), decoded(case, steps, params)
+    def both(params: Params, position_BS: jax.Array) -> Any:
+        return case.whole(merge(steps.graphdef, params)), decoded(case, steps, params, position_BS)
 
-    whole, (prompts, after) = both(params)
+    whole, (prompts, after, _) = both(params, case.positions)
     tolerance = 1e-5 * float(jnp.abs(whole).max())  # the same float32 sums in another order
     for row, length in enumerate([*case.lengths, *case.lengths]):
         want, real = np.asarray(whole[row % 2]), slice(length) if row < 2 else slice(case.longest - length, None)
@@ -244,3 +255,72 @@ def test_every_family_that_writes_text_is_among_the_cases() -> None:
     writing = {"decoder", "encoder-decoder", "encoder or decoder", "permutation"}
     named = {family.name for family in FAMILIES if family.kind in writing} | {"PaliGemma", "Flamingo"}
     assert named <= CASES.keys()
+
+
+@pytest.mark.parametrize("kind", ["LSH", "one that looks both ways"])
+def test_a_layer_that_cannot_remember_says_why(kind: str) -> None:
+    if kind == "LSH":
+        lsh = LSHAttention(num_heads=4)
+        config: Any = reformer.reformer(**_reformer, layers=("local", "lsh"), local=LOCAL, lsh=lsh)
+        match = "layer 1: LSHAttention has no cache: it sorts all tokens of a row into chunks"
+    else:
+        block = performer.block(num_heads=4, hidden_dim=24, causal=False, num_features=8)
+        config = performer.decoder(block, embed_dim=16, num_layers=1, vocab_size=VOCAB)
+        match = "layer 0: FavorAttention.causal=False. sums over the whole row"
+    with pytest.raises(ValueError, match=match):
+        prepare(config.build(nnx.Rngs(params=0)))[0].new_state(1, 8)
+
+
+def test_what_sums_and_chunks_cannot_do_is_refused() -> None:
+    with pytest.raises(ValueError, match="rewind=2: FavorAttention keeps sums, of which nothing can be taken back"):
+        prepared(CASES["Performer"])[0].new_state(1, 8, rewind=2)
+    wide = replace(LOCAL, before=2)
+    config = reformer.reformer(**_reformer, layers=("local",), local=wide, lsh=LSHAttention(num_heads=4))
+    with pytest.raises(ValueError, match=r"before=2, after=0\) decodes no text.* use before=1 and after=0"):
+        prepare(config.build(nnx.Rngs(params=0)))[0].new_state(1, 8)
+    steps, params = prepared(CASES["XLNet"])
+    crossing = prepare(xlnet.xlnet(**SIZES, hidden_dim=24, same_length=True).build(nnx.Rngs(params=0)))[0]
+    with pytest.raises(ValueError, match="same_length=True: what a token sees depends on the whole batch"):
+        crossing.step(params, steps.new_state(1, 8), jnp.zeros((1, 1), int), jnp.zeros((1, 1), int))
+
+
+def test_a_mask_over_slots_means_nothing_to_sums() -> None:
+    steps, params = prepared(CASES["Performer"])
+    model, state = merge(steps.graphdef, params), steps.new_state(1, 8)
+    with pytest.raises(ValueError, match="no slots for a mask to name"):
+        model.hidden_states(jnp.zeros((1, 2), int), attention_mask=jnp.ones((1, 8), int), cache=state.caches)
+
+
+@pytest.mark.parametrize("kind", ["reversible", "permutation"])
+def test_a_model_that_scores_no_next_token_is_refused(kind: str) -> None:
+    if kind == "reversible":
+        two_way = replace(LOCAL, after=1)
+        config: Any = reformer.reformer(
+            **_reformer, layers=("local",), local=two_way, lsh=LSHAttention(num_heads=4), causal=False
+        )
+        match = "causal=False and head=MaskedLM does not write text"
+    else:
+        config, match = xlnet.xlnet(**SIZES, hidden_dim=24, head=None), "head=NoneType does not write text"
+    with pytest.raises(ValueError, match=match):
+        prepare(config.build(nnx.Rngs(params=0)))
+
+
+def test_sums_over_many_chunks_are_those_of_the_whole_row() -> None:
+    """A Performer's sums over rows of several chunks, cut elsewhere than where its prefix sums are."""
+    block = performer.block(num_heads=4, hidden_dim=24, causal=True, num_features=16)
+    block = replace(block, mixer=replace(block.mixer, chunk=8))
+    case = Case(performer.decoder(block, embed_dim=16, num_layers=1, vocab_size=VOCAB))
+    steps, params = prepared(case)
+    ids = jax.random.randint(jax.random.key(7), (2, 40), 0, VOCAB)
+    place = jnp.broadcast_to(jnp.arange(40), (2, 40))
+
+    @jax.jit
+    def both(params: Params) -> Any:
+        state, pieces = steps.new_state(2, 40), []
+        for start, stop in ((0, 13), (13, 33), (33, 40)):
+            piece, state = steps.step(params, state, ids[:, start:stop], place[:, start:stop])
+            pieces.append(piece)
+        return merge(steps.graphdef, params).hidden_states(ids).states, jnp.concatenate(pieces, axis=1)
+
+    whole, pieces = both(params)
+    np.testing.assert_allclose(pieces, whole, rtol=0, atol=1e-5 * float(jnp.abs(whole).max()))
