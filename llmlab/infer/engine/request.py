@@ -9,8 +9,10 @@ for event in handle.events():
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
+from llmlab.infer.completion import TokenLogprob
+from llmlab.infer.constraints import Constraint
 from llmlab.infer.sampling import Sampling
 
 FinishReason = Literal["stop", "length", "position", "cancelled", "error"]
@@ -43,8 +45,8 @@ class Request:
     """Samples to draw; they share the prompt's keys and values."""
     prompt_logprobs: bool = False
     """Whether to report log-probabilities of the prompt's tokens."""
-    constraint: Any = None
-    """What the text must be (a schema, an expression): an `llmlab.infer.constraints.Constraint`; None for anything."""
+    constraint: Constraint | None = None
+    """The form that the text must have (a schema, an expression); None for any."""
     priority: int = 0
     """Requests of a higher priority are admitted before, and preempted after, those of a lower one."""
     user: str | None = None
@@ -65,14 +67,8 @@ class Request:
             raise RequestRefused("a stop string is empty, which every text has; leave it out")
 
 
-@dataclass(frozen=True)
-class TokenLogprobs:
-    """What the model thought of one token: natural logarithms of probabilities in its own distribution."""
-
-    token_id: int
-    logprob: float
-    top: tuple[tuple[int, float], ...] = ()
-    """The most probable tokens, best first, as many as `sampling.logprobs` asks for."""
+TokenLogprobs = TokenLogprob
+"""A token and what the model thought of it."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +87,8 @@ class Event:
     """None while the sample goes on; no event of the sample follows one with a reason."""
     message: str = ""
     """What went wrong, where the reason is "error"."""
+    stop: str | int | None = None
+    """The stop string or token that ended the sample."""
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     """Of the prompt's tokens, None for the first; once, in the first event of sample 0, where asked for."""
 
@@ -104,6 +102,8 @@ class Reply:
     finish_reason: FinishReason
     logprobs: tuple[TokenLogprobs, ...] | None = None
     message: str = ""
+    stop: str | int | None = None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
 
 
 class Handle:
@@ -194,4 +194,6 @@ def _joined(events: list[Event]) -> Reply:
         finish_reason=last.finish_reason,
         logprobs=logprobs,
         message=last.message,
+        stop=last.stop,
+        prompt_logprobs=next((e.prompt_logprobs for e in events if e.prompt_logprobs is not None), None),
     )
