@@ -1,17 +1,20 @@
 """`llmlab serve`: a model behind an OpenAI-compatible HTTP server, with a chat page."""
 
 import argparse
+import logging
 import os
 import signal
-import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmlab.commands.serve_model import open_model, tell
+
 if TYPE_CHECKING:
+    from llmlab.commands.serve_model import Served
     from llmlab.infer.engine.config import EngineConfig
     from llmlab.infer.server.config import ServerConfig
-    from llmlab.infer.server.service import Service
 
 KEY_VARIABLE = "LLMLAB_API_KEY"
 DESCRIPTION = f"""\
@@ -38,20 +41,21 @@ def main(argv: Sequence[str]) -> int:
     from llmlab.infer.server.extra import require_serve
 
     require_serve()
+    _logs(arguments.log_requests)
     config = _server_config(arguments)
     engine_config = _engine_config(arguments)
 
     from llmlab.infer.server.serving import Server, listen, url_of
 
+    start = time.perf_counter()
     with listen(config) as listening:  # before the model is loaded: a port that is taken should not cost minutes
-        service, close = _service(arguments, config, engine_config)
+        served = open_model(arguments, config, engine_config)
         try:
-            server = Server(service, on_drain=_tell_draining)
-            _logs(arguments.log_requests)
-            _announce(url_of(listening), service, arguments)
+            server = Server(served.service, on_drain=_tell_draining)
+            _announce(url_of(listening), served, start)
             server.serve_on(listening)
         finally:
-            close()
+            served.close()
     return 130 if server.stopped_by is signal.SIGINT else 0
 
 
@@ -67,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--chat-template", type=Path, metavar="FILE", help="a Jinja file instead of the model's own")
     _add_network(parser.add_argument_group("network"))
     _add_engine(parser.add_argument_group("engine"))
-    _add_limits(parser.add_argument_group("limits", "of one request, but for the first"))
+    _add_limits(parser.add_argument_group("limits of requests"))
     return parser
 
 
@@ -94,7 +98,9 @@ def _add_network(group: Any) -> None:
 
 def _add_engine(group: Any) -> None:
     group.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="type of weights and arithmetic (as they are stored)"
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of weights and arithmetic (as they are loaded)",
     )
     group.add_argument("--cache-dtype", choices=("float32", "bfloat16", "int8"), help="of keys and values (as --dtype)")
     group.add_argument(
@@ -117,6 +123,15 @@ def _add_engine(group: Any) -> None:
     group.add_argument(
         "--deterministic", action="store_true", help="answers do not depend on what else is running, to the bit; slower"
     )
+    group.add_argument(
+        "--mesh.tensor",
+        dest="mesh_tensor",
+        type=int,
+        default=1,
+        metavar="N",
+        help="devices that matrices, heads, keys and values are split over (1)",
+    )
+    group.add_argument("--no-warm-up", action="store_true", help="compile programs when a request first needs them")
     group.add_argument("--no-prefix-caching", action="store_true", help="requests that begin alike share nothing")
 
 
@@ -169,49 +184,37 @@ def _engine_config(arguments: argparse.Namespace) -> "EngineConfig":
     )
 
 
-def _service(
-    arguments: argparse.Namespace, config: "ServerConfig", engine_config: "EngineConfig"
-) -> "tuple[Service, Callable[[], None]]":
-    """The model, loaded and started, and what ends it."""
-    import llmlab
-    from llmlab.infer.engine.engine import Engine
-    from llmlab.infer.server.app import make_service
-    from llmlab.infer.server.embedder import Embedder
-    from llmlab.infer.server.templates import ChatTemplate
-    from llmlab.infer.steps import writes_text
-
-    tokenizer = llmlab.load_tokenizer(arguments.model)
-    template = ChatTemplate(tokenizer, _template(arguments))
-    model = _cast(llmlab.load(arguments.model), arguments.dtype)
-    embedder = Embedder(model, tokenizer)
-    if not writes_text(model):
-        return make_service(config, tokenizer, None, embedder=embedder, template=template), lambda: None
-    engine = Engine(model, tokenizer, engine_config)
-    engine.start()
-    return make_service(config, tokenizer, engine, embedder=embedder, template=template), engine.close
-
-
-def _template(arguments: argparse.Namespace) -> str | None:
-    """Source of the chat template: of the file that was named, else the model's own."""
-    from llmlab.infer.server.templates import find_template
-    from llmlab.runs import locate
-
-    if arguments.chat_template is not None:
-        return arguments.chat_template.read_text(encoding="utf-8")
-    directory, _ = locate(arguments.model)
-    return find_template(directory, directory / "tokenizer")
+def _announce(url: str, served: "Served", start: float) -> None:
+    """What is served where, with how much memory, and who can reach it."""
+    config, engine = served.service.config, served.engine
+    lines = [f"serving {config.name}, ready after {time.perf_counter() - start:.1f} s"]
+    lines.append(f"  chat page   {url}/")
+    lines.append(f"  base URL    {url}/v1")
+    memory = f"{served.num_parameters:,} parameters, {served.weight_bytes / 2**20:,.1f} MiB"
+    if engine is not None:
+        blocks, size = engine.config.num_blocks, engine.config.block_size
+        memory += f"; {blocks:,} blocks of {size} positions, {engine.cache_bytes / 2**20:,.1f} MiB"
+        lines.append(f"  texts       {engine.config.max_rows} at once, of up to {engine.config.max_length:,} positions")
+    lines.append(f"  memory      {memory}")
+    template = "plain: the model has no chat template" if served.service.template.is_plain else "the model's"
+    lines.append(f"  template    {template}")
+    if config.api_key is not None:
+        lines.append("  access      with the API key")
+    elif config.local:
+        lines.append("  access      this machine alone, without a key")
+    print("\n".join(lines), flush=True)
+    if config.api_key is None and not config.local:
+        tell(
+            f"WARNING: whoever reaches {config.host} port {url.rpartition(':')[2]} can use the model: there is no API "
+            f"key. Set {KEY_VARIABLE}, or leave --host out to serve this machine alone"
+        )
 
 
-def _cast(model: Any, dtype: str | None) -> Any:
-    """The model with its weights in another type."""
-    if dtype is None:
-        return model
-    import jax
-    import jax.numpy as jnp
+def _tell_draining(count: int) -> None:
+    tell(f"finishing {count} request{'s' * (count != 1)}; Ctrl-C ends at once")
 
-    from llmlab.nn.module import merge, split
 
-    graphdef, params = split(model)
-    return merge(
-        graphdef, jax.tree.map(lambda p: p.astype(dtype) if jnp.issubdtype(p.dtype, jnp.floating) else p, params)
-    )
+def _logs(requests: bool) -> None:
+    """Failures always, a line for every request where asked for."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
+    logging.getLogger("llmlab.serve.access").setLevel(logging.INFO if requests else logging.WARNING)

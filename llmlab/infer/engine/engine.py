@@ -38,6 +38,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self, cast
 
+import jax
 import numpy as np
 from flax import nnx
 
@@ -47,7 +48,15 @@ from llmlab.infer.engine.config import EngineConfig, Stats
 from llmlab.infer.engine.device import DecodeRow, Device
 from llmlab.infer.engine.jobs import Job, Phase, Plan, Sample
 from llmlab.infer.engine.programs import Drawn
-from llmlab.infer.engine.request import Event, FinishReason, Handle, Request, RequestRefused, TokenLogprobs
+from llmlab.infer.engine.request import (
+    EngineClosed,
+    Event,
+    FinishReason,
+    Handle,
+    Request,
+    RequestRefused,
+    TokenLogprobs,
+)
 from llmlab.infer.engine.scheduler import Scheduler
 from llmlab.infer.sampling import Logprobs, check_vocabulary
 from llmlab.infer.stopping import GrowingText
@@ -128,7 +137,7 @@ class Engine:
         matchers = self._checked(request)
         with self._changed:
             if self._refusing:
-                raise RequestRefused(self._refusing)
+                raise EngineClosed(self._refusing)
             job = self._scheduler.add(request)
             handle = Handle(request, lambda: self._cancel(handle))
             self._works[job] = self._work(request, handle, matchers)
@@ -152,6 +161,11 @@ class Engine:
                 finished=dict(self._finished),
                 compilations=self._device.compilations,
             )
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory of all blocks."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self._device.pools))
 
     # --- its life ---
 

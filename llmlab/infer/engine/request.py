@@ -24,6 +24,14 @@ class RequestRefused(ValueError):
     """The engine does not take this request; the message says why, and what it would take."""
 
 
+class EngineBusy(RequestRefused):
+    """Not now: too many requests are waiting."""
+
+
+class EngineClosed(RequestRefused):
+    """The engine takes no requests any more."""
+
+
 @dataclass(frozen=True)
 class Request:
     """A prompt to be continued, and how."""

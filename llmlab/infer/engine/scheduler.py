@@ -26,7 +26,7 @@ from llmlab.infer.engine.blocks import Blocks, Copy, OutOfBlocks, Table, keys_of
 from llmlab.infer.engine.config import EngineConfig
 from llmlab.infer.engine.fair import FairQueue
 from llmlab.infer.engine.jobs import Chunk, Job, Move, Phase, Plan, Sample, SwapIn, SwapOut
-from llmlab.infer.engine.request import Request, RequestRefused
+from llmlab.infer.engine.request import EngineBusy, Request, RequestRefused
 
 
 @dataclass
@@ -91,7 +91,7 @@ class Scheduler:
         """A request that waits from now on. Raises RequestRefused where it cannot be served or too many wait."""
         self.check(request)
         if len(self.queue) >= self.config.max_waiting:
-            raise RequestRefused(f"{len(self.queue)} requests are waiting, which is max_waiting; try again later")
+            raise EngineBusy(f"{len(self.queue)} requests are waiting, which is max_waiting; try again later")
         job = Job(request, self._arrivals)
         self._arrivals += 1
         job.samples = [

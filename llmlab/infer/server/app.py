@@ -76,7 +76,9 @@ def make_app(service: Service) -> ASGIApp:
 
     async def health(_: Request) -> Response:
         draining = service.gate.draining
-        return JSONResponse({"status": "draining" if draining else "ok"}, HTTPStatus.SERVICE_UNAVAILABLE if draining else 200)
+        return JSONResponse(
+            {"status": "draining" if draining else "ok"}, HTTPStatus.SERVICE_UNAVAILABLE if draining else 200
+        )
 
     def metrics(_: Request) -> Response:
         return Response(service.metrics.text(), media_type=CONTENT_TYPE)
@@ -114,7 +116,7 @@ def model_card(service: Service) -> dict[str, Any]:
         "object": "model",
         "created": service.created,
         "owned_by": "llmlab",
-        "max_model_len": None if service.engine is None else service.engine.max_length,
+        "max_model_len": None if service.engine is None else service.engine.config.max_length,
         "chat_template": "plain" if service.template.is_plain else "model",
     }
 

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from llmlab.infer.engine.request import Event, TokenLogprobs
-from llmlab.infer.server.choices import Choice, Dialect, finite, told_reason
+from llmlab.infer.server.choices import Choice, Dialect, finite
 from llmlab.infer.server.errors import invalid
 from llmlab.infer.server.fields import Fields, kind_of
-from llmlab.infer.server.plans import MOST_LOGPROBS, Plan, Shared, check_model, check_samples, new_tokens, start_ids
+from llmlab.infer.server.plans import MOST_LOGPROBS, Plan, Shared, check_model, check_samples, new_tokens, started
 from llmlab.infer.server.sampling_fields import sampling_of
 from llmlab.infer.server.service import Service
 from llmlab.infer.server.templates import TemplateRefused
@@ -41,7 +41,7 @@ class Chat(Dialect):
             row = service.template.encode(messages, variables)
         except TemplateRefused as error:
             raise invalid(str(error), "messages") from None
-        row = start_ids(service.tokenizer, row)
+        row = started(service.tokenizer, row)
         new = new_tokens(len(row), older if limit is None else limit, None, name, service)
         request = shared.request(row, sampling, new, n, stop=service.template.stop)
         return Plan(
@@ -74,17 +74,14 @@ class ChatChoice(Choice):
         self._text += event.text
         self._logprobs += told
         delta = {"content": event.text} if event.text else {}
-        return {
-            "index": self.index,
-            "delta": delta,
-            "logprobs": self._list(told),
-            "finish_reason": told_reason(event),
-        }
+        shaped = {"index": self.index, "delta": delta, "logprobs": self._list(told), "finish_reason": self.reason}
+        return shaped if self.reason is None else {**shaped, "stop_reason": self.stop}
 
     def whole(self) -> dict[str, Any]:
         message = {"role": "assistant", "content": self._text, "refusal": None}
         logprobs = self._list(self._logprobs)
-        return {"index": self.index, "message": message, "logprobs": logprobs, "finish_reason": self.reason}
+        shaped = {"index": self.index, "message": message, "logprobs": logprobs, "finish_reason": self.reason}
+        return {**shaped, "stop_reason": self.stop}
 
     def _list(self, told: list[dict[str, Any]]) -> dict[str, Any] | None:
         return None if self.plan.logprobs is None else {"content": told, "refusal": None}

@@ -27,13 +27,15 @@ class Choice(abc.ABC):
         """New tokens so far."""
         self.reason: str | None = None
         """Why it ended, as the interface says it."""
+        self.stop: str | int | None = None
+        """The stop string or token that ended it."""
         self._logprob = 0.0
 
     def take(self, event: Event, prompt: Sequence[TokenLogprobs | None] | None) -> dict[str, Any]:
         """Counts an event in, and returns what a stream tells of it; `prompt`, what is known of the prompt's tokens."""
         self.num_tokens += len(event.token_ids)
         self._logprob += sum(one.logprob for one in event.logprobs or ())
-        self.reason = told_reason(event)
+        self.reason, self.stop = told_reason(event), event.stop
         return self.delta(event, prompt)
 
     @property

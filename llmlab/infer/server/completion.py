@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from llmlab.infer.engine.request import Event, TokenLogprobs
-from llmlab.infer.server.choices import Choice, Dialect, finite, told_reason
+from llmlab.infer.server.choices import Choice, Dialect, finite
 from llmlab.infer.server.errors import invalid
 from llmlab.infer.server.fields import Fields
-from llmlab.infer.server.plans import MOST_LOGPROBS, Plan, Shared, check_model, check_samples, new_tokens, start_ids
+from llmlab.infer.server.plans import MOST_LOGPROBS, Plan, Shared, check_model, check_samples, new_tokens, started
 from llmlab.infer.server.sampling_fields import is_token, sampling_of
 from llmlab.infer.server.service import Service
 from llmlab.infer.server.spelling import TextOffset
@@ -101,18 +101,17 @@ class CompletionChoice(Choice):
         self._text += text
         for name, values in told.items():
             self._logprobs[name] += values
-        return self._shaped(text, told, told_reason(event))
+        return self._shaped(text, told, self.reason)
 
     def whole(self) -> dict[str, Any]:
         return self._shaped(self._text, self._logprobs, self.reason)
 
     def _shaped(self, text: str, logprobs: dict[str, list[Any]], reason: str | None) -> dict[str, Any]:
         told = None if self.plan.logprobs is None else logprobs
-        return {"index": self.index, "text": text, "logprobs": told, "finish_reason": reason}
+        shaped = {"index": self.index, "text": text, "logprobs": told, "finish_reason": reason}
+        return shaped if reason is None else {**shaped, "stop_reason": self.stop}
 
-    def _tell(
-        self, told: dict[str, list[Any]], ids: Sequence[int], logprobs: Sequence[TokenLogprobs | None]
-    ) -> None:
+    def _tell(self, told: dict[str, list[Any]], ids: Sequence[int], logprobs: Sequence[TokenLogprobs | None]) -> None:
         """Adds tokens to the four lists of the interface."""
         spelling = self.service.spelling
         if self.plan.logprobs is None:
@@ -160,4 +159,4 @@ def _tokens(prompts: Sequence[str | list[int]], tokenizer: Tokenizer) -> list[li
     """Tokens of each: those of a text begin with the token that begins a text, where the tokenizer has one."""
     encoded = iter(tokenizer.encode_batch([one for one in prompts if isinstance(one, str)]))
     first = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    return [start_ids(tokenizer, first + next(encoded)) if isinstance(one, str) else one for one in prompts]
+    return [started(tokenizer, first + next(encoded)) if isinstance(one, str) else one for one in prompts]

@@ -21,7 +21,9 @@ class Fields:
     def __init__(self, body: Any, where: str = "") -> None:
         """`where` is the path of the object inside the body, for messages: `response_format.`."""
         if not isinstance(body, dict):
-            raise invalid(f"{where.rstrip('.') or 'the body'} must be a JSON object, not {kind_of(body)}", where or None)
+            raise invalid(
+                f"{where.rstrip('.') or 'the body'} must be a JSON object, not {kind_of(body)}", where or None
+            )
         self._left = dict(body)
         self._where = where
         self._known: list[str] = []
@@ -70,9 +72,7 @@ class Fields:
         if not isinstance(value, str):
             raise self.wrong(name, "a string", value)
         if choices is not None and value not in choices:
-            raise invalid(
-                f"{self.path(name)} must be one of {', '.join(choices)}, not {shown(value)}", self.path(name)
-            )
+            raise invalid(f"{self.path(name)} must be one of {', '.join(choices)}, not {shown(value)}", self.path(name))
         if len(value) > max_length:
             raise invalid(
                 f"{self.path(name)} has {len(value)} characters; at most {max_length} are taken", self.path(name)
@@ -124,12 +124,16 @@ class Fields:
     def wrong(self, name: str, wanted: str, value: Any) -> ApiError:
         """The error for a field of the wrong type."""
         return invalid(
-            f"{self.path(name)} must be {wanted}, not {kind_of(value)} ({shown(value)})", self.path(name), "invalid_type"
+            f"{self.path(name)} must be {wanted}, not {kind_of(value)} ({shown(value)})",
+            self.path(name),
+            "invalid_type",
         )
 
     def _within(self, name: str, value: float, low: float, high: float) -> float:
         if not low <= value <= high:
-            raise invalid(f"{self.path(name)} must be from {low} to {high}, not {shown(value)}", self.path(name), "invalid_value")
+            raise invalid(
+                f"{self.path(name)} must be from {low} to {high}, not {shown(value)}", self.path(name), "invalid_value"
+            )
         return value
 
 

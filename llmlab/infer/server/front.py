@@ -1,10 +1,10 @@
 """The door: what is decided about a request before its endpoint sees it.
 
-    name         every request gets an id, which its answer and the log carry
-    host         a server on loopback answers to loopback's names only: a page on the web that has its own name point
-                 to 127.0.0.1 (DNS rebinding) gets nothing
-    key          compared in constant time, so that its bytes cannot be found one by one
-    origin       pages of other origins may not read answers, unless they are listed (CORS)
+name         every request gets an id, which its answer and the log carry
+host         a server on loopback answers to loopback's names only: a page on the web that has its own name point
+             to 127.0.0.1 (DNS rebinding) gets nothing
+key          compared in constant time, so that its bytes cannot be found one by one
+origin       pages of other origins may not read answers, unless they are listed (CORS)
 """
 
 import hmac
@@ -40,7 +40,11 @@ class Front:
             return await self._app(scope, receive, send)
         start, status = time.perf_counter(), CLIENT_GONE
         headers = Headers(scope=scope)
-        added = {"x-request-id": f"req-{secrets.token_hex(8)}", "x-content-type-options": "nosniff", **self._cors(headers)}
+        added = {
+            "x-request-id": f"req-{secrets.token_hex(8)}",
+            "x-content-type-options": "nosniff",
+            **self._cors(headers),
+        }
 
         async def sent(message: Message) -> None:
             nonlocal status
@@ -79,7 +83,9 @@ class Front:
             return
         scheme, _, key = headers.get("authorization", "").partition(" ")
         # latin-1 is what headers are in, and what they can always be written back in.
-        if scheme.lower() != "bearer" or not hmac.compare_digest(key.strip().encode("latin-1"), config.api_key.encode()):
+        if scheme.lower() != "bearer" or not hmac.compare_digest(
+            key.strip().encode("latin-1"), config.api_key.encode()
+        ):
             raise ApiError(
                 401,
                 "the API key is missing or wrong; send the header Authorization: Bearer KEY",

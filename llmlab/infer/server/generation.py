@@ -13,7 +13,7 @@ from llmlab.infer.engine.request import Event
 from llmlab.infer.server.choices import Choice, Dialect
 from llmlab.infer.server.conduct import Sender, conduct
 from llmlab.infer.server.gate import limited
-from llmlab.infer.server.plans import Plan, check_constraint, engine_of
+from llmlab.infer.server.plans import Plan, engine_of
 from llmlab.infer.server.service import Service
 from llmlab.infer.server.submission import PromptLogprobs, Submission
 
@@ -33,7 +33,7 @@ class Generation:
     async def _answer(self, body: Any, sender: Sender) -> None:
         service, arrived = self._service, time.perf_counter()
         engine = engine_of(service)
-        plan = await asyncio.to_thread(self._planned, body)
+        plan = await asyncio.to_thread(self._dialect.plan, body, service)  # templates and tokenizers take their time
         async with limited(plan.seconds), Submission(engine, plan.requests) as submission:
             answer = _Answer(service, self._dialect, plan, arrived)
             async with aclosing(submission.events(_ALIVE_SECONDS)) as events:
@@ -42,12 +42,6 @@ class Generation:
                 else:
                     await answer.whole(events, sender)
         service.metrics.request_done(time.perf_counter() - arrived, answer.reasons())
-
-    def _planned(self, body: Any) -> Plan:
-        """In a thread: templates, tokenizers and grammars take their time."""
-        plan = self._dialect.plan(body, self._service)
-        check_constraint(plan, self._service)
-        return plan
 
 
 Events = AsyncIterator[tuple[int, Event, PromptLogprobs] | None]

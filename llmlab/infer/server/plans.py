@@ -20,7 +20,14 @@ from llmlab.tokenizers import Tokenizer
 if TYPE_CHECKING:
     from llmlab.infer.constraints import Constraint
 
-_WITHOUT_EFFECT = ("metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
+_WITHOUT_EFFECT = (
+    "metadata",
+    "store",
+    "service_tier",
+    "safety_identifier",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+)
 MOST_LOGPROBS = 20
 """Most probable tokens that may be asked for at every place."""
 
@@ -157,7 +164,8 @@ def new_tokens(prompt: int, asked: int | None, default: int | None, param: str, 
     Raises:
         ApiError: prompt and new tokens exceed the model's positions or the server's limits.
     """
-    config, length = service.config, engine_of(service).max_length
+    config, length = service.config, engine_of(service).config.max_length
+    assert length is not None  # a running engine has chosen it
     longest = length - 1 if config.max_prompt_tokens is None else min(length - 1, config.max_prompt_tokens)
     if prompt > longest:
         raise too_long(f"the prompt has {prompt} tokens, and at most {longest} are taken; shorten it", None)
@@ -183,7 +191,7 @@ def check_samples(count: int, service: Service) -> None:
         raise invalid(f"prompts times samples are {count}; at most {service.config.max_samples} are taken", "n")
 
 
-def start_ids(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
+def started(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
     """The tokens, or where there are none what stands before a document; raises an ApiError where nothing does."""
     if ids:
         return ids
@@ -191,16 +199,3 @@ def start_ids(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
     if first is None:
         raise invalid("the prompt is empty, and the tokenizer has no token to start from; write something")
     return [first]
-
-
-def check_constraint(plan: Plan, service: Service) -> None:
-    """Raises an ApiError where the text's form cannot be followed with this tokenizer."""
-    from llmlab.infer.constraints import matcher
-
-    constraint = plan.requests[0].constraint
-    if constraint is None:
-        return
-    try:
-        matcher(constraint, service.tokenizer)
-    except ValueError as error:
-        raise invalid(f"the text cannot be given this form: {error}") from None

@@ -19,12 +19,7 @@ class Generator(Protocol):
 
     @property
     def config(self) -> EngineConfig:
-        """How it was set up."""
-        ...
-
-    @property
-    def max_length(self) -> int:
-        """Positions of one sample, prompt included."""
+        """How it was set up; `max_length` is chosen."""
         ...
 
     def submit(self, request: Request) -> Handle:

@@ -6,11 +6,11 @@ text and holds up nobody.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from types import TracebackType
 
-from llmlab.infer.engine.request import Event, Handle, Request, RequestRefused, TokenLogprobs
-from llmlab.infer.server.errors import ApiError, invalid, shutting_down
+from llmlab.infer.engine.request import EngineBusy, EngineClosed, Event, Handle, Request, RequestRefused, TokenLogprobs
+from llmlab.infer.server.errors import ApiError, busy, invalid, shutting_down
 from llmlab.infer.server.service import Generator
 
 PromptLogprobs = Sequence[TokenLogprobs | None] | None
@@ -41,12 +41,9 @@ class Submission:
         except asyncio.CancelledError:  # the thread goes on: what it submits must be cancelled too
             submitting.add_done_callback(lambda _: self._cancel())
             raise
-        except RequestRefused as error:
-            self._cancel()
-            raise invalid(str(error)) from None
-        except BaseException:
-            self._cancel()
-            raise
+        except Exception as error:
+            self._cancel()  # those before the one that was refused
+            raise _refused(error) from None
         return self
 
     async def __aexit__(
@@ -55,7 +52,7 @@ class Submission:
         """Cancels what has not finished."""
         self._cancel()
 
-    async def events(self, idle: float) -> AsyncIterator[tuple[int, Event, PromptLogprobs] | None]:
+    async def events(self, idle: float) -> AsyncGenerator[tuple[int, Event, PromptLogprobs] | None, None]:
         """The number of each event's request, the event, and the log-probabilities of its prompt where asked for.
 
         Events of a sample come in order. Those of samples that need the prompt's log-probabilities wait for them.
@@ -103,6 +100,15 @@ class Submission:
         for handle in self._handles:
             if not handle.finished:
                 handle.cancel()
+
+
+def _refused(error: Exception) -> Exception:
+    """What a client is told of a request that could not be submitted."""
+    if isinstance(error, EngineBusy):
+        return busy(str(error))
+    if isinstance(error, EngineClosed):
+        return shutting_down()
+    return invalid(str(error)) if isinstance(error, RequestRefused) else error
 
 
 def _given_up(event: Event) -> ApiError:
