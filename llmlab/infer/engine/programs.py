@@ -20,10 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from llmlab.infer.cache import KVCache
 from llmlab.infer.engine.paged import PagedCache, gather, scatter, slots
 from llmlab.infer.sampling import Choice, Counts, Logprobs, Needs, SamplingRows, choose, logprobs_of
 from llmlab.infer.steps import State, Steps
+from llmlab.nn.cache import KVCache
 from llmlab.nn.module import Params
 
 Pools = tuple[KVCache, ...]
@@ -139,8 +139,8 @@ def decode(
     def body(loop: Any) -> Any:
         step, done_B, token_B, counts, state, drawn = loop
         position_B = rows.position_B + drawn.count_B
-        at_B1 = jnp.minimum(position_B, rows.position_B + rows.room_B - 1)[:, None]  # a row that has ended stays
-        hidden_BSD, state = program.steps.step(params, state, token_B[:, None], jnp.maximum(at_B1, 0))
+        at_B = jnp.where(done_B, -1, position_B)  # what has ended is stored nowhere and sees nothing
+        hidden_BSD, state = program.steps.step(params, state, token_B[:, None], at_B[:, None])
         logits_BV = jax.lax.optimization_barrier(_scores(program, params, hidden_BSD[:, 0]))
         choice = _choose(program, rows, logits_BV, position_B + 1, counts)
         finite_B = jnp.isfinite(jnp.max(logits_BV, axis=-1))
