@@ -62,9 +62,9 @@ class Shape:
     """Positions that the caches have room for."""
 
     @classmethod
-    def of(cls, prompt: int, new: int, limit: int | None) -> "Shape":
-        """For prompts of at most `prompt` tokens that are continued by at most `new`."""
-        pieces = chunks(prompt, limit)
+    def of(cls, prompt: int, new: int, limit: int | None, *, whole: bool = False) -> "Shape":
+        """For prompts of at most `prompt` tokens, given at once or in chunks, and at most `new` more."""
+        pieces = (bucket(prompt, limit),) if whole else chunks(prompt, limit)
         return cls(pieces, bucket(max(prompt + new, sum(pieces)), limit))
 
 
@@ -116,8 +116,8 @@ class Batch:
     """What the model is given besides, `num_prompts` rows each."""
     dtype: Any = jnp.float32
     """Of keys and values."""
-    prompt_logprobs: bool = False
-    """Keep the log-probabilities of the prompts' own tokens."""
+    prompt_logprobs: int | None = None
+    """Keep the log-probabilities of the prompts' own tokens, and of this many alternatives; None for none."""
     given: list[Logprobs] = field(default_factory=list)
     """Those, per chunk: of the token after each position."""
     _carry: Carry | None = None
@@ -130,7 +130,8 @@ class Batch:
         last_BD, state = _spread(last_BD, state, rows_R)
         counts = None
         if self.program.needs.counts:
-            num_tokens = self.program.num_tokens or self.program.steps.config.vocab_size
+            num_scores = self.program.steps.num_scores
+            num_tokens = min(self.program.num_tokens or num_scores, num_scores)
             counts = Counts.of([self.prompts[prompt] for prompt in rows_R], num_tokens)
         real_B = np.arange(len(rows_R)) < len(self.prompt_of)
         choice, self._carry = _first(
@@ -166,7 +167,8 @@ class Batch:
         last_BD, start = None, 0
         for size in self.shape.chunks:
             last_BD, state, given = _prefill(
-                self.program,
+                self.program.steps,
+                self.program.num_tokens,
                 self.prompt_logprobs,
                 self.params,
                 state,
@@ -188,10 +190,11 @@ def _new_state(steps: Steps, num_rows: int, length: int, dtype: Any, inputs: Any
     return steps.new_state(num_rows, length, dtype, inputs)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
 def _prefill(
-    program: Program,
-    with_logprobs: bool,
+    steps: Steps,
+    num_tokens: int | None,
+    top: int | None,
     params: Params,
     state: State,
     token_BS: jax.Array,
@@ -204,19 +207,19 @@ def _prefill(
     num_rows, size = token_BS.shape[0], token_BS.shape[1] - 1
     position_BS = jnp.broadcast_to(start + jnp.arange(size), (num_rows, size))
     if last_BD is None:
-        hidden_BSD, state = program.steps.prefill(params, state, token_BS[:, :-1], position_BS, inputs)
+        hidden_BSD, state = steps.prefill(params, state, token_BS[:, :-1], position_BS, inputs)
     else:
-        hidden_BSD, state = program.steps.step(params, state, token_BS[:, :-1], position_BS)
+        hidden_BSD, state = steps.step(params, state, token_BS[:, :-1], position_BS)
     at_B = length_B - 1 - start
     inside_B = (at_B >= 0) & (at_B < size)
     here_BD = jnp.take_along_axis(hidden_BSD, jnp.clip(at_B, 0, size - 1)[:, None, None], axis=1)[:, 0]
     last_BD = here_BD if last_BD is None else jnp.where(inside_B[:, None], here_BD, last_BD)
-    if not with_logprobs:
+    if top is None:
         return last_BD, state, None
 
     def after(position: tuple[jax.Array, jax.Array]) -> Logprobs:  # one at a time: scores of all would not fit memory
         hidden_BD, next_B = position
-        return logprobs_of(_logits(program, params, hidden_BD), next_B, program.needs.logprobs or 0)
+        return logprobs_of(steps.project(params, hidden_BD)[:, :num_tokens], next_B, top)
 
     return last_BD, state, jax.lax.map(after, (jnp.moveaxis(hidden_BSD, 1, 0), token_BS[:, 1:].T))
 
@@ -279,10 +282,6 @@ def _decode(
     return written, count, carry
 
 
-def _logits(program: Program, params: Params, hidden_BD: jax.Array) -> jax.Array:
-    return program.steps.project(params, hidden_BD)[:, : program.num_tokens]
-
-
 def _chosen(
     program: Program,
     params: Params,
@@ -294,7 +293,7 @@ def _chosen(
 ) -> tuple[Choice, Carry]:
     """The next token of every row from its hidden state, and where the rows are with it."""
     # The barrier keeps the model's arithmetic out of what sampling is fused to: scores do not depend on what is asked.
-    logits_BV = jax.lax.optimization_barrier(_logits(program, params, hidden_BD))
+    logits_BV = jax.lax.optimization_barrier(program.steps.project(params, hidden_BD)[:, : program.num_tokens])
     position_B = carry.position_B + 1
     choice = choose(logits_BV, rows, program.needs, position_B, carry.counts, allowed_BW)
     token_B, done_B = choice.token_B, carry.done_B

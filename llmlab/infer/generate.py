@@ -16,7 +16,7 @@ of one, bit by bit, log-probabilities included; a single prompt pays for idle ro
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -29,8 +29,9 @@ from llmlab.infer.completion import Limits, Row, TokenLogprob, push_all, token_l
 from llmlab.infer.completion import TextStream as TextStream
 from llmlab.infer.constraints import Constraint, matcher
 from llmlab.infer.decoding import Batch, Program, Shape, bucket
+from llmlab.infer.prompts import Given, Prompt, listed, read_prompts, stacked
 from llmlab.infer.sampling import GREEDY, Logprobs, Needs, Sampling, SamplingRows, check_vocabulary
-from llmlab.infer.steps import EncoderDecoderSteps, Steps, prepare
+from llmlab.infer.steps import Steps, prepare
 from llmlab.infer.stopping import GrowingText, check_stop
 from llmlab.nn.module import Params
 from llmlab.tokenizers import Tokenizer
@@ -41,9 +42,6 @@ _STEPS_SHOWN = 8
 _STEPS_UNSEEN = 32
 # Rows of every program in deterministic mode.
 _DETERMINISTIC_ROWS = 8
-
-Prompt = str | Sequence[int]
-"""Text, or tokens as they are to be given."""
 
 
 def generate(
@@ -96,8 +94,8 @@ def generate(
             what there is not.
         ImportError: a constraint needs llguidance, which is not installed.
     """
-    prompts = [prompts] if isinstance(prompts, str) or _is_tokens(prompts) else list(prompts)
-    if not prompts:
+    every = listed(prompts)
+    if not every:
         return []
     for name, value in (("max_new_tokens", max_new_tokens), ("n", n), ("max_rows", max_rows)):
         if value < 1:
@@ -114,10 +112,10 @@ def generate(
         prompt_logprobs=prompt_logprobs,
         stream=stream,
     )
-    given = _given(steps, tokenizer, prompts, inputs, start_id)
+    given = read_prompts(steps, tokenizer, every, inputs, start_id)
     call.check(given)
-    rules = _one_each("sampling", sampling or Sampling(), Sampling, len(prompts))
-    forms = _one_each("constraint", constraint, (Constraint, type(None)), len(prompts))
+    rules = _one_each("sampling", sampling or Sampling(), Sampling, len(every))
+    forms = _one_each("constraint", constraint, (Constraint, type(None)), len(every))
     for rule, form in zip(rules, forms, strict=True):
         check_vocabulary(rule, call.num_tokens)
         if form is not None and (rule.forced_ids or rule.forced_last_id is not None):
@@ -134,18 +132,6 @@ def generate(
 
 
 @dataclass(frozen=True)
-class _Given:
-    """What the model is given for one prompt."""
-
-    ids: tuple[int, ...]
-    """What it continues."""
-    source: tuple[int, ...] | None = None
-    """What an encoder-decoder reads."""
-    inputs: Mapping[str, Any] | None = None
-    """What else, without a dimension for rows."""
-
-
-@dataclass(frozen=True)
 class _Job:
     """One row to decode."""
 
@@ -153,7 +139,7 @@ class _Job:
     """Of the completion."""
     prompt: int
     sample: int
-    given: _Given
+    given: Given
     sampling: Sampling
     constraint: Constraint | None
 
@@ -187,9 +173,9 @@ class _Call:
     @property
     def num_tokens(self) -> int:
         """Ids below are tokens."""
-        return min(self.tokenizer.vocab_size, self.steps.config.vocab_size)
+        return min(self.tokenizer.vocab_size, self.steps.num_scores)
 
-    def check(self, given: Sequence[_Given]) -> None:
+    def check(self, given: Sequence[Given]) -> None:
         """Raises ValueError for what does not fit the model's positions."""
         limit = self.steps.max_length
         longest = max(len(one.ids) for one in given)
@@ -227,7 +213,9 @@ class _Call:
         """Static lengths for these rows: of what they continue, and of their sources."""
         limit = self.steps.max_length
         source = max(len(job.given.source or ()) for job in jobs)
-        shape = Shape.of(max(len(job.given.ids) for job in jobs), self.max_new_tokens, limit)
+        longest = max(len(job.given.ids) for job in jobs)
+        # What sees images may see itself in both directions, or needs a mask of all its tokens: it is given at once.
+        shape = Shape.of(longest, self.max_new_tokens, limit, whole=any(job.given.inputs for job in jobs))
         return shape, bucket(source, limit) if source else 0
 
     def run(self, group: _Group) -> Iterator[Completion]:
@@ -285,8 +273,6 @@ class _Call:
         most = [start + self.max_new_tokens - 1 for start in starts]
         rules = [job.sampling for job in jobs]
         needs = Needs.of(rules, allowed=any(job.constraint for job in jobs))
-        if self.prompt_logprobs:  # in their program alone, `logprobs` is the number of alternatives
-            needs = replace(needs, logprobs=needs.logprobs or 0)
         return Batch(
             program=Program(self.steps, needs, self.num_tokens),
             params=self.params,
@@ -301,9 +287,9 @@ class _Call:
             shape=group.shape,
             num_prompts=group.num_prompts,
             stop_ids=self.stop_ids,
-            inputs=_inputs([job.given for job in prompts], group),
+            inputs=stacked([job.given for job in prompts], group.num_prompts, sum(group.shape.chunks), group.source),
             dtype=jax.tree.leaves(self.params)[0].dtype,
-            prompt_logprobs=self.prompt_logprobs,
+            prompt_logprobs=(needs.logprobs or 0) if self.prompt_logprobs else None,
         )
 
     def _allowed(self, rows: Sequence[Row], group: _Group) -> np.ndarray | None:
@@ -325,22 +311,6 @@ def _prompts(jobs: Sequence[_Job]) -> list[_Job]:
     return list(first.values())
 
 
-def _inputs(given: Sequence[_Given], group: _Group) -> Mapping[str, Any] | None:
-    """Arrays with a row for each prompt; those that fill up repeat the first."""
-    idle = group.num_prompts - len(given)
-    if group.source:
-        ids, mask = (np.zeros((group.num_prompts, group.source), np.int32) for _ in range(2))
-        mask[:, 0] = 1  # a row that is not there: attention must have something to see
-        for row, one in enumerate(given):
-            source = one.source or ()
-            ids[row, : len(source)], mask[row, : len(source)] = source, 1
-        return {"input_ids": ids, "attention_mask": mask}
-    if given[0].inputs is None:
-        return None
-    rows = [*given, *[given[0]] * idle]
-    return {name: np.stack([np.asarray((row.inputs or {})[name]) for row in rows]) for name in given[0].inputs}
-
-
 def _of_prompt(given: Sequence[Logprobs], number: int, job: _Job) -> tuple[TokenLogprob | None, ...]:
     """Log-probabilities of a prompt's tokens from those of all chunks (positions in front, then prompts)."""
     found: list[TokenLogprob | None] = [None]
@@ -350,11 +320,6 @@ def _of_prompt(given: Sequence[Logprobs], number: int, job: _Job) -> tuple[Token
                 own = jax.tree.map(lambda leaf, at=at: leaf[at, number], logprobs)
                 found.append(token_logprob(job.given.ids[len(found)], own, job.sampling.logprobs or 0))
     return tuple(found)
-
-
-def _is_tokens(prompts: Any) -> bool:
-    """Whether this is one prompt of tokens, and not a list of prompts."""
-    return len(prompts) > 0 and all(isinstance(one, (int, np.integer)) for one in prompts)
 
 
 def _one_each(name: str, value: Any, kind: Any, count: int) -> list[Any]:
@@ -371,65 +336,6 @@ def _end_ids(tokenizer: Tokenizer, stop_ids: Sequence[int]) -> tuple[int, ...]:
         tokenizer.id_to_token(index)  # raises for an id that the vocabulary does not have
     eos = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
     return tuple(dict.fromkeys([*eos, *map(int, stop_ids)]))
-
-
-def _given(
-    steps: Steps,
-    tokenizer: Tokenizer,
-    prompts: Sequence[Prompt],
-    inputs: Mapping[str, Any] | None,
-    start_id: int | None,
-) -> list[_Given]:
-    """What the model is given for each prompt."""
-    if isinstance(steps, EncoderDecoderSteps):
-        if inputs:
-            raise ValueError(f"an encoder-decoder's source is the prompt; leave out inputs {', '.join(sorted(inputs))}")
-        start = steps.config.decoder_start_id if start_id is None else start_id
-        if start is None:
-            raise ValueError(
-                "the model has no decoder_start_id: its targets begin with tokens of their own; give start_id"
-            )
-        return [_Given((start,), tuple(_source(tokenizer, prompt))) for prompt in prompts]
-    if start_id is not None:
-        raise ValueError(f"start_id={start_id} begins the target of an encoder-decoder; put it into the prompt here")
-    for name, array in (inputs or {}).items():
-        if len(array) != len(prompts):
-            raise ValueError(f"inputs: {name} has {len(array)} rows for {len(prompts)} prompts; give one for each")
-    return [
-        _Given(
-            tuple(_start(tokenizer, prompt)),
-            inputs={name: array[number] for name, array in inputs.items()} if inputs else None,
-        )
-        for number, prompt in enumerate(prompts)
-    ]
-
-
-def _start(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
-    """Tokens that the model continues: bos where the tokenizer has one, then the prompt."""
-    if not isinstance(prompt, str):
-        if not len(prompt):
-            raise ValueError("a prompt has no tokens; give at least one to start from")
-        return [int(index) for index in prompt]
-    first = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    ids = first + tokenizer.encode(prompt)
-    if not ids and tokenizer.eos_id is not None:
-        ids = [tokenizer.eos_id]  # what stands before a document where documents end with eos and have no bos
-    if not ids:
-        raise ValueError("the prompt is empty and the tokenizer has no bos or eos token to start from; give a prompt")
-    return ids
-
-
-def _source(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
-    """Tokens that an encoder reads: the text in the tokenizer's own frame, with eos at its end."""
-    if not isinstance(prompt, str):
-        ids = [int(index) for index in prompt]
-    else:
-        ids = tokenizer.encode(prompt, add_special_tokens=True)
-        if tokenizer.eos_id is not None and ids[-1:] != [tokenizer.eos_id]:
-            ids = [*ids, tokenizer.eos_id]
-    if not ids:
-        raise ValueError("a source has no tokens, and the tokenizer no eos; give it some")
-    return ids
 
 
 def generate_ids(

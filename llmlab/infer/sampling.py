@@ -38,6 +38,7 @@ from dataclasses import dataclass, fields
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from llmlab.infer.sampling_rules import GREEDY as GREEDY
@@ -354,7 +355,7 @@ def _ranked(scores_BV: jax.Array, temperature_B1: jax.Array, rows: SamplingRows)
     return (scores_BV > bar_B1) | ((scores_BV == bar_B1) & (token_BV <= bar_id_B1))
 
 
-def _draw(logits_V: jax.Array, seed_2: jax.Array, sample: jax.Array, position: jax.Array) -> jax.Array:
+def _draw(logits_V: jax.Array, seed_2: ArrayLike, sample: ArrayLike, position: ArrayLike) -> jax.Array:
     """A token of one row."""
     key = jax.random.wrap_key_data(seed_2, impl="threefry2x32")  # what jax.random.key makes of a seed
     key_token = jax.random.fold_in(jax.random.fold_in(key, sample), position)

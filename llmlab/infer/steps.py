@@ -76,6 +76,11 @@ class Steps(abc.ABC):
         """Raise ValueError where a model of this config, though of the kind, does not write text."""
         return
 
+    @property
+    def num_scores(self) -> int:
+        """Scores that `project` gives: the size of the vocabulary."""
+        return self.config.vocab_size
+
     @abc.abstractmethod
     def new_state(
         self,

@@ -36,7 +36,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -218,7 +218,7 @@ class Engine:
             news = [one for job in list(self._works) for one in self._end(job, "cancelled")]
         self._deliver(news)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Engine":
         self.start()
         return self
 

@@ -23,10 +23,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from llmlab.infer.cache import KVCache
 from llmlab.models.config import Transformer
 from llmlab.nn.attention import Attention
-from llmlab.nn.config import Block
+from llmlab.nn.cache import KVCache, Stored
+from llmlab.nn.config import Block, Cache
 from llmlab.nn.moe import MixtureOfExperts
 from llmlab.nn.moe.routing import TopK
 from llmlab.sharding import shard
@@ -34,7 +34,7 @@ from llmlab.sharding import shard
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class PagedCache:
+class PagedCache(Cache):
     """Keys and values of one attention layer for the rows of one call."""
 
     pool: KVCache
@@ -46,9 +46,11 @@ class PagedCache:
         self, key: Float[Array, "B S K H"], value: Float[Array, "B S K H"], position_ids: Int[Array, "B S"]
     ) -> "tuple[PagedCache, Float[Array, 'B T K H'], Float[Array, 'B T K H']]":
         """Store the new positions; keys and values of all positions up to them. Position -1 is stored nowhere."""
-        pool = scatter(self.pool, stored_as(self.pool, key, value), self.table_BW, position_ids)
+        storage = self.pool.key.data_BTKH.dtype
+        new = KVCache(Stored.of(key, storage), Stored.of(value, storage))
+        pool = scatter(self.pool, new, self.table_BW, position_ids)
         window = gather(pool, self.table_BW, jnp.max(position_ids, axis=1) + 1)
-        return PagedCache(pool, self.table_BW), *read(window, key.dtype)
+        return PagedCache(pool, self.table_BW), window.key.read(key.dtype), window.value.read(value.dtype)
 
 
 def new_pools(config: Transformer, num_blocks: int, block_size: int, dtype: Any) -> tuple[KVCache, ...]:
@@ -61,9 +63,8 @@ def new_pools(config: Transformer, num_blocks: int, block_size: int, dtype: Any)
     pools = []
     for block in config.layers():
         assert isinstance(block.mixer, Attention)
-        heads = block.mixer.num_kv_heads or block.mixer.num_heads
-        shape = (num_blocks, block_size, heads, block.mixer.resolved_head_dim(config.embed_dim))
-        pools.append(_placed(KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)), None))
+        shape = block.mixer.cache_shape(config.embed_dim, num_blocks, block_size)
+        pools.append(_placed(KVCache.empty(shape, dtype), None))
     return tuple(pools)
 
 
@@ -121,16 +122,6 @@ def slots(window: KVCache, position_BS: Int[Array, "B S"]) -> KVCache:
     """What windows hold at these positions: (B, S, ...)."""
     row_B1 = jnp.arange(position_BS.shape[0])[:, None]
     return jax.tree.map(lambda leaf: leaf[row_B1, jnp.clip(position_BS, 0, leaf.shape[1] - 1)], window)
-
-
-def stored_as(pool: KVCache, key: Float[Array, "B S K H"], value: Float[Array, "B S K H"]) -> KVCache:
-    """Keys and values as the pool stores them."""
-    return KVCache(key.astype(pool.key_BTKH.dtype), value.astype(pool.value_BTKH.dtype))
-
-
-def read(window: KVCache, dtype: Any) -> tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]:
-    """The numbers that a window stores."""
-    return window.key_BTKH.astype(dtype), window.value_BTKH.astype(dtype)
 
 
 def _placed(cache: KVCache, rows: str | None) -> KVCache:

@@ -20,10 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from llmlab.infer.cache import KVCache
 from llmlab.infer.engine.paged import PagedCache, gather, scatter, slots
 from llmlab.infer.sampling import Choice, Counts, Logprobs, Needs, SamplingRows, choose, logprobs_of
 from llmlab.infer.steps import State, Steps
+from llmlab.nn.cache import KVCache
 from llmlab.nn.module import Params
 
 Pools = tuple[KVCache, ...]
@@ -130,7 +130,8 @@ def decode(
 ) -> tuple[Drawn, Pools]:
     """The next tokens of every row: `num_steps` at most, fewer where all rows have ended."""
     steps, num_rows = program.max_steps, len(rows.token_B)
-    windows = tuple(gather(pool, rows.table_BW, rows.position_B) for pool in pools)
+    table_BW, start_B = jnp.asarray(rows.table_BW), jnp.asarray(rows.position_B)
+    windows = tuple(gather(pool, table_BW, start_B) for pool in pools)
 
     def unfinished(loop: Any) -> jax.Array:
         step, done_B = loop[0], loop[1]
@@ -138,9 +139,9 @@ def decode(
 
     def body(loop: Any) -> Any:
         step, done_B, token_B, counts, state, drawn = loop
-        position_B = rows.position_B + drawn.count_B
-        at_B1 = jnp.minimum(position_B, rows.position_B + rows.room_B - 1)[:, None]  # a row that has ended stays
-        hidden_BSD, state = program.steps.step(params, state, token_B[:, None], jnp.maximum(at_B1, 0))
+        position_B = start_B + drawn.count_B
+        at_B = jnp.where(done_B, -1, position_B)  # what has ended is stored nowhere and sees nothing
+        hidden_BSD, state = program.steps.step(params, state, token_B[:, None], at_B[:, None])
         logits_BV = jax.lax.optimization_barrier(_scores(program, params, hidden_BSD[:, 0]))
         choice = _choose(program, rows, logits_BV, position_B + 1, counts)
         finite_B = jnp.isfinite(jnp.max(logits_BV, axis=-1))
@@ -163,9 +164,9 @@ def decode(
     start = (jnp.int32(0), rows.room_B <= 0, rows.token_B, rows.counts, State(windows), nothing)
     *_, state, drawn = jax.lax.while_loop(unfinished, body, start)
     step_S = jnp.arange(steps)
-    position_BS = jnp.where(step_S < drawn.count_B[:, None], rows.position_B[:, None] + step_S, -1)
+    position_BS = jnp.where(step_S < drawn.count_B[:, None], start_B[:, None] + step_S, -1)
     return drawn, tuple(
-        scatter(pool, slots(window, position_BS), rows.table_BW, position_BS)
+        scatter(pool, slots(window, position_BS), table_BW, position_BS)
         for pool, window in zip(pools, state.caches, strict=True)
     )
 
@@ -212,7 +213,7 @@ def _choose(program: Program, rows: Rows, logits_BV: jax.Array, position_B: jax.
             needs,
             position_B,
             counts if needs.counts else None,
-            rows.allowed_BW if needs.allowed else None,
+            jnp.asarray(rows.allowed_BW) if needs.allowed else None,
         )
         return choice if choice.logprobs is not None else Choice(choice.token_B, nothing().logprobs)
 
