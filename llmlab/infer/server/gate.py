@@ -23,7 +23,7 @@ class Gate:
     def __init__(self, limit: int) -> None:
         """`limit` is the number of requests inside at one time."""
         self._limit = limit
-        self._closed = asyncio.Event()
+        self._closings: set[asyncio.Future[None]] = set()
         self.inside = 0
         """Requests that are being answered."""
         self.draining = False
@@ -53,7 +53,9 @@ class Gate:
     def close(self) -> None:
         """Ends what is still inside: every request is told that the server is shutting down."""
         self.drain()
-        self._closed.set()
+        for closing in self._closings:
+            if not closing.done():
+                closing.set_result(None)
 
     async def while_connected(self, receive: Receive, work: Callable[[], Awaitable[None]]) -> None:
         """Does the work, unless the client goes away or the gate is closed first.
@@ -68,8 +70,9 @@ class Gate:
         """
         working = asyncio.ensure_future(work())
         gone = asyncio.ensure_future(_gone(receive))
-        closed = asyncio.ensure_future(self._closed.wait())
-        racing = (working, gone, closed)
+        closing: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._closings.add(closing)
+        racing = (working, gone, closing)
         try:
             await asyncio.wait(racing, return_when=asyncio.FIRST_COMPLETED)
             if working.done():
@@ -78,8 +81,9 @@ class Gate:
                 raise ClientGone
             raise shutting_down()
         finally:
-            for task in racing:
-                task.cancel()
+            self._closings.discard(closing)
+            for one in racing:
+                one.cancel()
             await asyncio.gather(*racing, return_exceptions=True)
 
 

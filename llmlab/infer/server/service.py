@@ -1,7 +1,7 @@
 """What all endpoints share: one served model and its limits."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from llmlab.infer.engine.config import EngineConfig, Stats
 from llmlab.infer.engine.request import Handle, Request
@@ -14,6 +14,7 @@ from llmlab.infer.server.templates import ChatTemplate
 from llmlab.tokenizers import Tokenizer
 
 
+@runtime_checkable  # for the checks of types in tests
 class Generator(Protocol):
     """What the server needs of an engine."""
 
