@@ -58,7 +58,7 @@ def _bias(fields: Fields, vocab_size: int) -> tuple[tuple[int, float], ...]:
         raise fields.wrong("logit_bias", f"an object of at most {_MAX_BIASED} tokens", inside)
     pairs: dict[int, float] = {}
     for name, value in inside.items():
-        if not re.fullmatch("[0-9]{1,9}", name) or int(name) >= vocab_size:
+        if not re.fullmatch("0|[1-9][0-9]{0,8}", name) or int(name) >= vocab_size:
             raise invalid(f"logit_bias names {shown(name)}; tokens are the ids 0 to {vocab_size - 1}", "logit_bias")
         if isinstance(value, bool) or not isinstance(value, int | float) or not -100 <= value <= 100:
             raise invalid(f"logit_bias adds {shown(value)}; numbers from -100 to 100 are taken", "logit_bias")

@@ -6,6 +6,7 @@ text and holds up nobody.
 """
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator, Sequence
 from types import TracebackType
 
@@ -92,7 +93,8 @@ class Submission:
             self._handles.append(handle)
 
             def deliver(event: Event, number: int = number) -> None:
-                loop.call_soon_threadsafe(self._queue.put_nowait, (number, event))
+                with contextlib.suppress(RuntimeError):  # the loop is closed: there is nobody to tell
+                    loop.call_soon_threadsafe(self._queue.put_nowait, (number, event))
 
             handle.on_event(deliver)
 
