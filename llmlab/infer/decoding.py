@@ -206,6 +206,7 @@ def _prefill(
     """A chunk of the prompts and the token after it; `last_BD` is None, and inputs are given, for the first."""
     num_rows, size = token_BS.shape[0], token_BS.shape[1] - 1
     position_BS = jnp.broadcast_to(start + jnp.arange(size), (num_rows, size))
+    position_BS = jnp.where(position_BS < length_B[:, None], position_BS, -1)  # padding is remembered by no cache
     if last_BD is None:
         hidden_BSD, state = steps.prefill(params, state, token_BS[:, :-1], position_BS, inputs)
     else:

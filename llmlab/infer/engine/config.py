@@ -60,13 +60,16 @@ class EngineConfig:
             raise ValueError(f"max_logprobs={self.max_logprobs} is negative; 0 reports the tokens' own alone")
         if not 0 < self.memory_fraction <= 1:
             raise ValueError(f"memory_fraction={self.memory_fraction} is not in (0, 1]; 0.8 leaves room for others")
-        if self.preemption is None:
-            object.__setattr__(self, "preemption", "swap" if self.deterministic else "recompute")
         if self.deterministic and self.preemption == "recompute":
             raise ValueError(
                 "deterministic=True with preemption='recompute': keys and values that are computed again, many "
                 "positions at a time, differ in their last bits; use preemption='swap'"
             )
+
+    @property
+    def swaps(self) -> bool:
+        """Whether samples that make room are swapped."""
+        return self.deterministic if self.preemption is None else self.preemption == "swap"
 
 
 @dataclass(frozen=True)

@@ -172,7 +172,7 @@ class Scheduler:
         self.running.remove(sample)
         self.preempted.append(sample)
         # What a prefill has stored is computed again at the same boundaries: no need to swap it.
-        if sample.phase is Phase.DECODE and self.config.preemption == "swap":
+        if sample.phase is Phase.DECODE and self.config.swaps:
             used = sample.table.blocks[: self._blocks(sample.table.length)]
             self._moves.append(SwapOut(sample, tuple(used)))
             sample.swapped_length, sample.phase = sample.table.length, Phase.SWAPPED
