@@ -35,12 +35,15 @@ def open_model(arguments: argparse.Namespace, config: "ServerConfig", engine_con
     import jax
 
     import llmlab
+    from llmlab.buckets import default_cache_dir
     from llmlab.infer.engine.engine import Engine
     from llmlab.infer.server.app import make_service
     from llmlab.infer.server.embedder import Embedder
     from llmlab.infer.server.templates import ChatTemplate
     from llmlab.nn.module import split
+    from llmlab.training import compilation_cache
 
+    compilation_cache.enable(default_cache_dir())
     tell(f"load {arguments.model}")
     tokenizer = llmlab.load_tokenizer(arguments.model)
     template = ChatTemplate(tokenizer, _template(arguments.model, arguments.chat_template))
