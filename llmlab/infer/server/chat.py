@@ -95,7 +95,8 @@ class ChatChoice(Choice):
         return {
             "token": spelling.readable(index),
             "logprob": finite(logprob),
-            "bytes": list(spelling.bytes_of(index)),
+            # A special token is no part of the text, and has no bytes in it.
+            "bytes": None if index in self.service.tokenizer.hidden_ids else list(spelling.bytes_of(index)),
         }
 
 
