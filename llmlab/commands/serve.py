@@ -131,7 +131,12 @@ def _add_engine(group: Any) -> None:
         metavar="N",
         help="devices that matrices, heads, keys and values are split over (1)",
     )
-    group.add_argument("--no-warm-up", action="store_true", help="compile programs when a request first needs them")
+    group.add_argument(
+        "--warm-up",
+        action="store_true",
+        help="compile every program before the first request; else each when a request first needs it, which then "
+        "waits for seconds; they are kept on disk for the next start",
+    )
     group.add_argument("--no-prefix-caching", action="store_true", help="requests that begin alike share nothing")
 
 

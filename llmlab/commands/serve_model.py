@@ -53,11 +53,22 @@ def open_model(arguments: argparse.Namespace, config: "ServerConfig", engine_con
     engine = None
     if _continues_tokens(model):
         engine = Engine(model, tokenizer, engine_config, placement=placement)
-        if not arguments.no_warm_up:
+        if arguments.warm_up:
             engine.warm_up(lambda what: tell(f"compile {what}"))
         engine.start()
+        _write_one_token(engine)
     service = make_service(config, tokenizer, engine, embedder=Embedder(model, tokenizer), template=template)
     return Served(service, engine, sum(p.size for p in leaves), sum(p.nbytes for p in leaves))
+
+
+def _write_one_token(engine: "Engine") -> None:
+    """So that a model that cannot write is found out now, and the programs of a short request are there."""
+    from llmlab.infer.engine.request import Request
+
+    tell("compile what a first request needs")
+    (reply,) = engine.submit(Request((0,), max_new_tokens=1)).replies()
+    if reply.finish_reason == "error":
+        raise RuntimeError(f"the model does not write: {reply.message}")
 
 
 def tell(text: str) -> None:

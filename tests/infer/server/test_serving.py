@@ -165,7 +165,6 @@ def test_the_command_serves_and_ends_by_a_signal(run_directory: Path, number: si
             str(run_directory),
             "--port",
             "0",
-            "--no-warm-up",
             "--max-rows",
             "2",
         ),
