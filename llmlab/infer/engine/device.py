@@ -75,6 +75,7 @@ class Device:
             num_tokens=num_tokens,
             max_steps=self.config.steps_per_call,
             levels=levels(self.config.max_logprobs),
+            mesh=() if placement is None else (placement.mesh, *sorted(placement.rules.items())),
         )
         self.host: dict[Sample, Any] = {}
         """Blocks that were swapped out."""
@@ -138,7 +139,6 @@ class Device:
 
     def reset(self) -> None:
         """Empty pools, after a failure that may have taken the old ones."""
-        self.host.clear()
         self.pools = self._new_pools()
 
     @contextlib.contextmanager

@@ -124,7 +124,8 @@ class Engine:
         self._finished: Counter[str] = Counter()
         self._changed = threading.Condition(threading.RLock())
         self._thread: threading.Thread | None = None
-        self._refusing = ""
+        self._refusing = ""  # why no request is taken, if that is so
+        self._closing = False
 
     # --- for those who ask ---
 
@@ -226,8 +227,6 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    _closing = False
 
     def _run(self) -> None:
         while True:
@@ -359,16 +358,11 @@ class Engine:
 
     def _end(self, job: Job, reason: FinishReason, message: str = "") -> News:
         """End all samples of a request that have not."""
-        if (work := self._works.get(job)) is None:
-            return []
         news: News = []
         for sample in job.samples:
             if sample.phase is not Phase.DONE:
-                known = len(work.rows[sample.number].tokens)
                 news.append((job, Event(sample=sample.number, finish_reason=reason, message=message)))
-                work.rows[sample.number].tokens[known:] = []
-        for sample in [sample for sample in job.samples if sample.phase is not Phase.DONE]:
-            self._finish(sample, reason)
+                self._finish(sample, reason)
         return news
 
     def _finish(self, sample: Sample, reason: FinishReason) -> None:
@@ -377,9 +371,12 @@ class Engine:
         self._finished[reason] += 1
 
     def _start_again(self, error: Exception) -> News:
-        """After a failure of the device: nothing that was stored can be trusted to be there."""
-        stored = {sample.job for sample in (*self._scheduler.running, *self._scheduler.preempted)}
-        news = [one for job in stored for one in self._end(job, "error", f"the device failed: {error}")]
+        """After a failure of the device: what was stored on it cannot be trusted to be there."""
+        lost = {sample.job: None for sample in self._scheduler.running}  # a set that keeps the order
+        for sample in self._scheduler.preempted:
+            if sample.phase is Phase.SWAPPED and sample not in self._device.host:
+                lost[sample.job] = None
+        news = [one for job in lost for one in self._end(job, "error", f"the device failed: {error}")]
         self._scheduler.blocks.forget()
         self._device.reset()
         return news

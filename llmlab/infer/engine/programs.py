@@ -59,6 +59,8 @@ class Program:
     max_steps: int
     """Of a decoding call."""
     levels: tuple[Needs, ...]
+    mesh: tuple[Any, ...] = ()
+    """What tracing is told of the mesh, which is no argument: a program for another one is another program."""
 
 
 @jax.tree_util.register_dataclass
