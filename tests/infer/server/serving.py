@@ -4,6 +4,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from starlette.testclient import TestClient
 
@@ -23,10 +24,10 @@ def service_of(
     tokenizer: Tokenizer = TOKENIZER,
     embedder: Embedder | None = None,
     template: str | None = None,
-    **limits: object,
+    **limits: Any,
 ) -> Service:
     """A service named "tiny"."""
-    config = ServerConfig(**{"name": "tiny", "port": 0, **limits})  # type: ignore[arg-type]  fields of many types
+    config = ServerConfig(**{"name": "tiny", "port": 0, **limits})
     return make_service(config, tokenizer, engine, embedder=embedder, template=ChatTemplate(tokenizer, template))
 
 
@@ -35,7 +36,7 @@ def client_of(service: Service) -> TestClient:
     return TestClient(make_app(service), base_url="http://127.0.0.1:8000")
 
 
-def fake_client(**limits: object) -> tuple[TestClient, FakeEngine]:
+def fake_client(**limits: Any) -> tuple[TestClient, FakeEngine]:
     """A client of a server in front of the fake engine."""
     engine = FakeEngine()
     return client_of(service_of(engine, **limits)), engine

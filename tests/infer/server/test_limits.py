@@ -146,7 +146,7 @@ def test_paths_and_methods_that_there_are_not() -> None:
 @pytest.mark.parametrize("header", ["", "Bearer", "Bearer wrong", "Bearer kéy", "Basic secret", "secret"])
 def test_without_the_key_nothing_under_v1_answers(header: str) -> None:
     client, engine = fake_client(api_key="secret")
-    headers = {"authorization": header.encode("latin-1")}
+    headers = {b"authorization": header.encode("latin-1")}
     for path in (CHAT, TEXT, VECTORS):
         assert error_of(client.post(path, json={"prompt": "a"}, headers=headers), 401)["code"] == "invalid_api_key"
     for path in ("/v1/models", "/metrics", "/v1/nothing"):

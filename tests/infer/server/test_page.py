@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from llmlab.infer.engine.request import Event, Handle
 from llmlab.infer.server.page import chat_page
 from tests.infer.server.browser import CHROMIUM, Browser
 from tests.infer.server.fake import FakeEngine, letters
@@ -92,9 +93,7 @@ def test_a_question_is_answered_piece_by_piece_and_the_conversation_goes_on(brow
 @in_browser
 def test_what_users_and_models_write_is_shown_as_text(browser: Browser) -> None:
     class Hostile(FakeEngine):
-        def _write_sample(self, handle, sample):  # type: ignore[no-untyped-def]  as the base's
-            from llmlab.infer.engine.request import Event
-
+        def _write_sample(self, handle: Handle, sample: int) -> None:
             handle.put(Event(sample, (1,), HOSTILE, None, "stop"))
 
     with running(service_of(Hostile(max_length=400), template=TEMPLATE)) as (url, _, _):
