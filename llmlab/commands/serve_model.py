@@ -57,7 +57,14 @@ def open_model(arguments: argparse.Namespace, config: "ServerConfig", engine_con
             engine.warm_up(lambda what: tell(f"compile {what}"))
         engine.start()
         _write_one_token(engine)
-    service = make_service(config, tokenizer, engine, embedder=Embedder(model, tokenizer), template=template)
+    embedder = None
+    try:
+        embedder = Embedder(model, tokenizer)
+    except ValueError as error:
+        tell(str(error))
+    if engine is None and embedder is None:
+        raise ValueError(f"{arguments.model} has nothing to serve: it neither continues texts nor embeds them")
+    service = make_service(config, tokenizer, engine, embedder=embedder, template=template)
     return Served(service, engine, sum(p.size for p in leaves), sum(p.nbytes for p in leaves))
 
 

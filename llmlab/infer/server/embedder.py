@@ -14,6 +14,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float
 
+from llmlab.models.decoder import DecoderModel
+from llmlab.models.encoder import EncoderModel
 from llmlab.models.encoder_decoder import EncoderDecoderModel
 from llmlab.models.sentences import mean_pooled, sentence_embeddings
 from llmlab.nn.module import Params, merge, split
@@ -36,12 +38,14 @@ class Embedder:
         Raises:
             ValueError: the model is none of these.
         """
-        if not isinstance(model, EncoderDecoderModel) and not hasattr(type(model), "hidden_states"):
-            raise ValueError(f"a {type(model).__name__} has no states of tokens to average")
+        if not isinstance(model, EncoderModel | DecoderModel | EncoderDecoderModel):
+            raise ValueError(
+                f"no embeddings: a {type(model).__name__} is no encoder and no decoder of texts"
+            )
         self._graphdef, self._params = split(model)
         self._tokenizer = tokenizer
         self._lock = threading.Lock()  # one pass at a time: two would share the device and take twice the memory
-        self.max_length: int = getattr(model.config, "max_length", None) or _UNLIMITED
+        self.max_length: int = model.config.max_length or _UNLIMITED
         """Tokens of the longest text."""
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
