@@ -41,9 +41,9 @@ def attention_weights(
     products = jnp.einsum("BSKGH,BTKH->BKGST", q_BSKGH, k_BTKH, preferred_element_type=jnp.float32)
     products_BNST = products.reshape(batch, heads, num_queries, num_keys)
 
-    kv = np.arange(num_keys, dtype=np.int32)
-    own = np.arange(num_queries, dtype=np.int32)
-    query = own if scoring.query_index is None else scoring.query_index
+    query, kv = scoring.query_index, scoring.key_index
+    query = np.arange(num_queries, dtype=np.int32) if query is None else query
+    kv = np.arange(num_keys, dtype=np.int32) if kv is None else kv
     allowed = scoring.allowed(query, kv)
     logits = jnp.where(allowed, scoring.logits(products_BNST, query, kv), FORBIDDEN)
     weights = jnp.exp(logits - jax.lax.stop_gradient(row_max(logits)))

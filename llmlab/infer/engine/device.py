@@ -1,0 +1,375 @@
+"""The engine's side of the device: parameters, pools of blocks, and plans turned into calls of compiled programs.
+
+Buckets keep the programs few. A decoding call has a power of two of rows and a power of two of blocks a row; a chunk of
+a prompt has a power of two of tokens, at most `prefill_chunk`, and as many blocks. In deterministic mode there is one
+bucket of each kind, the largest.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import jax
+import numpy as np
+from flax import nnx
+
+from llmlab.infer.engine import programs
+from llmlab.infer.engine.blocks import Copy
+from llmlab.infer.engine.config import EngineConfig
+from llmlab.infer.engine.jobs import Chunk, Move, Sample, SwapIn, SwapOut
+from llmlab.infer.engine.paged import check_layers, new_pools
+from llmlab.infer.engine.programs import Drawn, Program, Rows, covers, levels
+from llmlab.infer.engine.request import Request, RequestRefused
+from llmlab.infer.sampling import GREEDY, Counts, Needs, Sampling, SamplingRows
+from llmlab.infer.steps import DecoderSteps, prepare
+from llmlab.sharding.rules import Placement, activate
+
+MAX_BIASED, MAX_FORCED, MAX_STOP_IDS = 512, 128, 8
+_SMALLEST_CHUNK = 16
+_SMALLEST_WINDOW = 128  # positions
+_DEFAULT_LENGTH = 2048
+# Blocks beyond so many full batches would only hold prefixes, which few workloads meet again.
+_FULL_BATCHES = 4
+
+
+@dataclass(frozen=True)
+class DecodeRow:
+    """One row of a decoding call."""
+
+    sample: Sample
+    room: int
+    """Tokens that it may draw."""
+    stop_ids: Sequence[int]
+    allowed: np.ndarray | None = None
+    """Bitmask of the tokens that it may draw, 32 to a word; None for all."""
+
+
+class Device:
+    """See the module's docstring.
+
+    Args:
+        model: a decoder, its parameters where they are to stay.
+        num_tokens: ids from here on are never drawn.
+        config: of the engine; what is None in it is chosen here, see `config`.
+        placement: the mesh that the parameters are on; None for one device.
+
+    Raises:
+        ValueError: the model cannot be served from blocks, or there is no memory for them.
+    """
+
+    def __init__(
+        self, model: nnx.Module, num_tokens: int, config: EngineConfig, placement: Placement | None = None
+    ) -> None:
+        steps, self.params = prepare(model)
+        if type(steps) is not DecoderSteps:
+            raise ValueError(
+                f"the engine serves decoders, which are given tokens alone; a {type(model).__name__} is not one: use "
+                "llmlab.generate"
+            )
+        check_layers(steps.config)
+        self.placement = placement
+        self.config = self._chosen(config, steps)
+        self.program = Program(
+            steps=steps,
+            num_tokens=num_tokens,
+            max_steps=self.config.steps_per_call,
+            levels=levels(self.config.max_logprobs),
+            mesh=() if placement is None else (placement.mesh, *sorted(placement.rules.items())),
+        )
+        self.host: dict[Sample, Any] = {}
+        """Blocks that were swapped out."""
+        self._dtype = self.config.cache_dtype
+        self.pools = self._new_pools()
+        length, size, chunk = self.config.max_length, self.config.block_size, self.config.prefill_chunk
+        assert length is not None
+        widest = -(-length // size)
+        self.widths = _powers(min(-(-_SMALLEST_WINDOW // size), widest), widest)
+        self.row_counts = _powers(1, self.config.max_rows)
+        self.chunk_sizes = _powers(min(_SMALLEST_CHUNK, chunk), chunk)
+        if self.config.deterministic:
+            self.widths, self.row_counts, self.chunk_sizes = [widest], [self.config.max_rows], [chunk]
+        self._plain = self._plain_rows()
+        self._compiled = _compilations()
+
+    @property
+    def compilations(self) -> int:
+        """Programs compiled in this process since the engine was made."""
+        return _compilations() - self._compiled
+
+    # --- memory ---
+
+    def _chosen(self, config: EngineConfig, steps: DecoderSteps) -> EngineConfig:
+        """The configuration with nothing left to choose."""
+        limit = steps.max_length
+        length = config.max_length or (_DEFAULT_LENGTH if limit is None else limit)
+        if limit is not None and length > limit:
+            raise ValueError(f"max_length={length} is more than the {limit} positions of the model")
+        dtype = jax.tree.leaves(self.params)[0].dtype if config.cache_dtype is None else config.cache_dtype
+        config = replace(config, max_length=length, cache_dtype=np.dtype(dtype))
+        if config.num_blocks is not None:
+            return config
+        of_row = -(-length // config.block_size)
+        pools = jax.eval_shape(lambda: new_pools(steps.config, 1, config.block_size, config.cache_dtype))
+        block_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pools))
+        windows = config.max_rows * of_row  # a decoding call takes copies of its rows' blocks
+        free = self._free_bytes(config.memory_fraction) // block_bytes - windows
+        if free < of_row:
+            raise ValueError(
+                f"memory_fraction={config.memory_fraction} leaves room for {max(free, 0)} blocks of {block_bytes:,} "
+                f"bytes besides the weights and the working space of max_rows={config.max_rows}, and one row of "
+                f"max_length={length} needs {of_row}; lower max_rows or max_length, or store keys and values in a "
+                "smaller cache_dtype"
+            )
+        return replace(config, num_blocks=int(min(free, _FULL_BATCHES * windows)))
+
+    def _free_bytes(self, fraction: float) -> int:
+        """Bytes of a device that blocks may take; on a mesh, what all devices have together."""
+        devices = list(jax.local_devices()[:1] if self.placement is None else self.placement.mesh.devices.flat)
+        stats = devices[0].memory_stats()
+        if stats and "bytes_limit" in stats:
+            return int(len(devices) * (fraction * stats["bytes_limit"] - stats["bytes_in_use"]))
+        return int(fraction * _host_bytes_available())  # a CPU's memory is the host's, weights gone already
+
+    def _new_pools(self) -> programs.Pools:
+        assert self.config.num_blocks is not None
+        blocks, size, dtype = self.config.num_blocks, self.config.block_size, self._dtype
+        with self._active():
+            return jax.jit(lambda: new_pools(self.program.steps.config, blocks, size, dtype))()
+
+    def reset(self) -> None:
+        """Empty pools, after a failure that may have taken the old ones."""
+        self.pools = self._new_pools()
+
+    @contextlib.contextmanager
+    def _active(self) -> Iterator[None]:
+        with activate(self.placement):
+            yield
+
+    # --- what requests may ask ---
+
+    def check(self, request: Request) -> None:
+        """Raises RequestRefused for what the programs have no room for."""
+        sampling = request.sampling
+        for name, count, most in (
+            ("logit_bias and banned_ids", len(sampling.logit_bias) + len(sampling.banned_ids), MAX_BIASED),
+            ("forced_ids", len(sampling.forced_ids), MAX_FORCED),
+            ("logprobs", sampling.logprobs or 0, self.config.max_logprobs),
+        ):
+            if count > most:
+                raise RequestRefused(f"{name} ask for {count}, and the engine has room for {most}")
+
+    # --- what a plan asks ---
+
+    def move(self, moves: Sequence[Move]) -> None:
+        """Copies and swaps, in their order."""
+        copies: list[Copy] = []
+        for move in moves:
+            if isinstance(move, Copy):
+                copies.append(move)
+                continue
+            self.copy(copies)
+            copies = []
+            if isinstance(move, SwapOut):
+                self._swap_out(move)
+            else:
+                self._swap_in(move)
+        self.copy(copies)
+
+    def copy(self, copies: Sequence[Copy]) -> None:
+        """Blocks copied to other blocks."""
+        size = self.config.max_rows
+        for first in range(0, len(copies), size):
+            some = copies[first : first + size]
+            source_C = self._padded([one.source for one in some], size)
+            target_C = self._padded([one.target for one in some], size)
+            with self._active():
+                self.pools = programs.copy(self.pools, source_C, target_C)
+
+    def _swap_out(self, move: SwapOut) -> None:
+        block_W = self._padded(move.blocks, _bucket(self.widths, len(move.blocks)))
+        with self._active():
+            self.host[move.sample] = jax.device_get(programs.read(self.pools, block_W))
+
+    def _swap_in(self, move: SwapIn) -> None:
+        content = self.host.pop(move.sample)
+        width = len(jax.tree.leaves(content)[0])
+        with self._active():
+            self.pools = programs.write(self.pools, self._padded(move.blocks[:width], width), content)
+
+    def prefill(self, chunk: Chunk) -> jax.Array:
+        """Stores a chunk's positions; their hidden states (1, bucket, width), on the device."""
+        ids = chunk.sample.ids[chunk.start : chunk.stop]
+        size = _bucket(self.chunk_sizes, len(ids))
+        token_BS, position_BS = np.zeros((1, size), np.int32), np.full((1, size), -1, np.int32)
+        token_BS[0, : len(ids)] = ids
+        position_BS[0, : len(ids)] = np.arange(chunk.start, chunk.stop)
+        table_BW = self._padded(chunk.blocks, _bucket(self.widths, len(chunk.blocks)))[None]
+        with self._active():
+            hidden_BSD, self.pools = programs.prefill(
+                self.program, self.params, self.pools, token_BS, position_BS, table_BW
+            )
+        return hidden_BSD
+
+    def score(self, hidden_BSD: jax.Array, next_ids: Sequence[int]) -> programs.Logprobs:
+        """Log-probabilities of the token after each position of a chunk, in host memory."""
+        next_BS = np.zeros(hidden_BSD.shape[:2], np.int32)
+        next_BS[0, : len(next_ids)] = next_ids
+        with self._active():
+            return jax.device_get(programs.score(self.program, self.params, hidden_BSD, next_BS))
+
+    def decode(self, rows: Sequence[DecodeRow], steps: int) -> Drawn:
+        """The next tokens of rows, in host memory; the first columns are the rows'."""
+        with self._active():
+            drawn, self.pools = programs.decode(
+                self.program, self.params, self.pools, self._rows(rows), np.int32(steps)
+            )
+        return jax.device_get(drawn)
+
+    # --- rows as arrays ---
+
+    def _rows(self, rows: Sequence[DecodeRow]) -> Rows:
+        count = _bucket(self.row_counts, len(rows))
+        width = _bucket(self.widths, max((len(row.sample.table.blocks) for row in rows), default=1))
+        table_BW = np.stack([self._padded([], width)] * count)
+        stop_BE = np.full((count, MAX_STOP_IDS), -1, np.int32)
+        token_B, position_B, room_B, level_B = (np.zeros(count, np.int32) for _ in range(4))
+        samplings = [row.sample.job.request.sampling for row in rows]
+        for number, row in enumerate(rows):
+            sample, stop_ids = row.sample, list(row.stop_ids)[:MAX_STOP_IDS]  # the engine looks for all of them
+            token_B[number], position_B[number], room_B[number] = sample.ids[-1], sample.table.length, row.room
+            table_BW[number, : len(sample.table.blocks)] = sample.table.blocks
+            stop_BE[number, : len(stop_ids)] = stop_ids
+            level_B[number] = self._level(samplings[number], row.allowed is not None)
+        sampling = _sampling_rows(rows, samplings, count)
+        counts, allowed_BW = self._plain[count]
+        if len(self.program.levels) - 1 in level_B:
+            counts, allowed_BW = self._particular(rows, count)
+        return Rows(token_B, position_B, room_B, stop_BE, table_BW, level_B, sampling, counts, allowed_BW)
+
+    def _level(self, sampling: Sampling, constrained: bool) -> int:
+        needs = Needs.of([sampling], allowed=constrained)
+        return next(number for number, level in enumerate(self.program.levels) if covers(level, needs))
+
+    def _particular(self, rows: Sequence[DecodeRow], count: int) -> tuple[Counts, np.ndarray]:
+        """What the level of all stages looks at."""
+        prompts, texts = [], []
+        allowed_BW = np.full((count, -(-self.program.num_tokens // 32)), -1, np.int32)
+        for number, row in enumerate(rows):
+            length = len(row.sample.job.request.prompt_ids)
+            prompts.append(row.sample.ids[:length])
+            texts.append(row.sample.ids[length:])
+            if row.allowed is not None:
+                allowed_BW[number] = row.allowed[: allowed_BW.shape[1]]
+        rest: list[list[int]] = [[] for _ in range(count - len(rows))]
+        return Counts.of([*prompts, *rest], self.program.num_tokens, [*texts, *rest]), allowed_BW
+
+    def _plain_rows(self) -> dict[int, tuple[Counts, Any]]:
+        """Counts and bitmasks of rows that ask for neither, on the device once and for all."""
+        plain = {}
+        for count in self.row_counts:
+            words = np.full((count, -(-self.program.num_tokens // 32)), -1, np.int32)
+            plain[count] = jax.device_put((Counts.of([[]] * count, self.program.num_tokens, [[]] * count), words))
+        return plain
+
+    def _padded(self, blocks: Sequence[int], width: int) -> np.ndarray:
+        assert self.config.num_blocks is not None
+        block_W = np.full(width, self.config.num_blocks, np.int32)  # that number is no block
+        block_W[: len(blocks)] = blocks
+        return block_W
+
+    # --- compilation ---
+
+    def warm_up(self, progress: Callable[[str], None] | None = None) -> None:
+        """Compiles every program that serving will need, by running it on rows that are not there."""
+        say = progress or (lambda _: None)
+        hidden = None
+        for width in self.widths:
+            for size in self.chunk_sizes:
+                say(f"prefill of {size} tokens, {width} blocks")
+                token_BS, nowhere_BS = np.zeros((1, size), np.int32), np.full((1, size), -1, np.int32)
+                with self._active():
+                    hidden, self.pools = programs.prefill(
+                        self.program, self.params, self.pools, token_BS, nowhere_BS, self._padded([], width)[None]
+                    )
+                if width == self.widths[0]:
+                    self.score(hidden, [])
+            for count in self.row_counts:
+                say(f"decoding of {count} rows, {width} blocks")
+                self._warm_decode(count, width)
+            with self._active():
+                content = jax.device_get(programs.read(self.pools, self._padded([], width)))
+                self.pools = programs.write(self.pools, self._padded([], width), content)
+        nowhere_C = self._padded([], self.config.max_rows)
+        with self._active():
+            self.pools = programs.copy(self.pools, nowhere_C, nowhere_C)
+        jax.block_until_ready(self.pools)
+
+    def _warm_decode(self, count: int, width: int) -> None:
+        plain = self._rows([])
+        for counts, allowed_BW in (self._plain[count], self._particular([], count)):
+            zeros_B = np.zeros(count, np.int32)
+            rows = replace(
+                plain,
+                token_B=zeros_B,
+                position_B=zeros_B,
+                room_B=zeros_B,
+                level_B=zeros_B,
+                stop_BE=np.full((count, MAX_STOP_IDS), -1, np.int32),
+                table_BW=np.stack([self._padded([], width)] * count),
+                sampling=_sampling_rows([], [], count),
+                counts=counts,
+                allowed_BW=allowed_BW,
+            )
+            with self._active():
+                _, self.pools = programs.decode(self.program, self.params, self.pools, rows, np.int32(1))
+
+
+def _sampling_rows(rows: Sequence[DecodeRow], samplings: Sequence[Sampling], count: int) -> SamplingRows:
+    """The rows' sampling at the widths that programs are compiled for."""
+    fill = count - len(rows)
+    prompts = [len(row.sample.job.request.prompt_ids) for row in rows]
+    lasts = [prompt + row.sample.job.request.max_new_tokens - 1 for prompt, row in zip(prompts, rows, strict=True)]
+    made = SamplingRows.of(
+        [*samplings, *[GREEDY] * fill],
+        samples=[*(row.sample.number for row in rows), *[0] * fill],
+        starts=[*prompts, *[0] * fill],
+        lasts=[*lasts, *[0] * fill],
+    )
+    return replace(
+        made,
+        bias_id_BJ=_widened(made.bias_id_BJ, MAX_BIASED, 2**31 - 1),
+        bias_BJ=_widened(made.bias_BJ, MAX_BIASED, 0),
+        forced_BF=_widened(made.forced_BF, MAX_FORCED, -1),
+    )
+
+
+def _widened(array_BJ: Any, width: int, fill: int) -> np.ndarray:
+    return np.pad(array_BJ, ((0, 0), (0, width - array_BJ.shape[1])), constant_values=fill)
+
+
+def _powers(first: int, last: int) -> list[int]:
+    """`first`, twice that and so on, and `last`."""
+    sizes = [first]
+    while sizes[-1] < last:
+        sizes.append(min(2 * sizes[-1], last))
+    return sizes
+
+
+def _bucket(sizes: Sequence[int], count: int) -> int:
+    return next(size for size in sizes if size >= count)
+
+
+def _compilations() -> int:
+    jitted = (programs.prefill, programs.score, programs.decode, programs.copy, programs.read, programs.write)
+    return sum(cast(Any, function)._cache_size() for function in jitted)  # jax's stubs do not know _cache_size
+
+
+def _host_bytes_available() -> int:
+    """What the host could give without swapping."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            found = next(line for line in lines if line.startswith("MemAvailable:"))
+        return int(found.split()[1]) * 1024
+    except (OSError, StopIteration):
+        return 4 * 2**30  # not Linux: a laptop's worth

@@ -1,0 +1,130 @@
+"""Keys and values in blocks: what attention remembers of many rows, in one pool of memory per layer.
+
+    pool     (blocks, block_size, kv_heads, head_dim), keys and values alike; a block is whoever's table lists it
+    table    the blocks of each row, in the order of positions: position p is in block table[p // size], at p % size
+    window   a row's blocks side by side: a contiguous cache, in which slot t is position t
+
+A pool is a contiguous cache whose rows are blocks, so it stores numbers as that does, in whatever dtype.
+
+Attention reads windows. `PagedCache.update` stores the new positions and makes the window of every row anew, as a
+prompt's chunk wants it: one copy for hundreds of tokens. Decoding takes the windows once for a call of several steps
+(`gather`), steps on them as on any contiguous cache, and puts what they wrote back (`scatter`): so the price of paging,
+to read and write a row's keys and values once more, is paid once a call and not once a token.
+
+Only as many blocks as the table is wide are read, those of the longest row of the call. What a row has not written
+itself reads as zeros: a free block still holds what its last owner left there, and a weight of zero does not make an
+infinity or a NaN harmless.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from llmlab.models.config import Transformer
+from llmlab.nn.attention import Attention
+from llmlab.nn.cache import KVCache, Stored
+from llmlab.nn.config import Block, Cache
+from llmlab.nn.moe import MixtureOfExperts
+from llmlab.nn.moe.routing import TopK
+from llmlab.sharding import shard
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PagedCache(Cache):
+    """Keys and values of one attention layer for the rows of one call."""
+
+    pool: KVCache
+    """Of all rows: blocks where a contiguous cache has rows."""
+    table_BW: Int[Array, "B W"]
+    """Blocks of each row; beyond its last one, any number that is no block."""
+
+    def update(
+        self, key: Float[Array, "B S K H"], value: Float[Array, "B S K H"], position_ids: Int[Array, "B S"]
+    ) -> "tuple[PagedCache, Float[Array, 'B T K H'], Float[Array, 'B T K H']]":
+        """Store the new positions; keys and values of all positions up to them. Position -1 is stored nowhere."""
+        storage = self.pool.key.data_BTKH.dtype
+        new = KVCache(Stored.of(key, storage), Stored.of(value, storage))
+        pool = scatter(self.pool, new, self.table_BW, position_ids)
+        window = gather(pool, self.table_BW, jnp.max(position_ids, axis=1) + 1)
+        return PagedCache(pool, self.table_BW), window.key.read(key.dtype), window.value.read(value.dtype)
+
+
+def new_pools(config: Transformer, num_blocks: int, block_size: int, dtype: Any) -> tuple[KVCache, ...]:
+    """Empty pools, one per layer.
+
+    Raises:
+        ValueError: a layer keeps something else than keys and values of positions.
+    """
+    check_layers(config)
+    pools = []
+    for block in config.layers():
+        assert isinstance(block.mixer, Attention)
+        shape = block.mixer.cache_shape(config.embed_dim, num_blocks, block_size)
+        pools.append(_placed(KVCache.empty(shape, dtype), None))
+    return tuple(pools)
+
+
+def check_layers(config: Transformer) -> None:
+    """Raises ValueError where a layer's state does not go into blocks."""
+    for number, block in enumerate(config.layers()):
+        if reason := _reason(block):
+            raise ValueError(f"layer {number} cannot be served from blocks: {reason}; use llmlab.generate")
+
+
+def _reason(block: Block) -> str | None:
+    if type(block.mixer) is not Attention:
+        return (
+            f"{type(block.mixer).__name__} keeps no keys and values by position, which is what a block holds and "
+            "requests share"
+        )
+    if block.cross is not None:
+        return "it looks at the states of an encoder or of images, which are another for every request"
+    if isinstance(block.ffn, MixtureOfExperts):
+        router = block.ffn.router
+        if not isinstance(router, TopK) or router.capacity is not None:
+            return (
+                "its experts take a limited number of a call's tokens, so that what a token gets depends on how its "
+                "prompt is cut into calls"
+            )
+    return None
+
+
+def gather(pool: KVCache, table_BW: Int[Array, "B W"], length_B: Int[Array, "B"]) -> KVCache:
+    """The windows of rows that have stored so many positions: (B, W * block_size, ...), zeros from there on."""
+    num_blocks, size = jax.tree.leaves(pool)[0].shape[:2]
+    block_BW = jnp.clip(table_BW, 0, num_blocks - 1)
+    real_BT = jnp.arange(table_BW.shape[1] * size) < length_B[:, None]
+
+    def one(leaf: jax.Array) -> jax.Array:
+        window = leaf[block_BW].reshape(*real_BT.shape, *leaf.shape[2:])
+        return jnp.where(real_BT.reshape(*real_BT.shape, *[1] * (leaf.ndim - 2)), window, jnp.zeros_like(window))
+
+    return _placed(jax.tree.map(one, pool), "batch")
+
+
+def scatter(pool: KVCache, new: KVCache, table_BW: Int[Array, "B W"], position_BS: Int[Array, "B S"]) -> KVCache:
+    """The pool with new positions of rows stored; `new` has (B, S, ...), a position of -1 is stored nowhere."""
+    num_blocks, size = jax.tree.leaves(pool)[0].shape[:2]
+    at_BS = jnp.clip(position_BS // size, 0, table_BW.shape[1] - 1)
+    block_BS = jnp.where(position_BS < 0, num_blocks, jnp.take_along_axis(table_BW, at_BS, axis=1))
+
+    def one(leaf: jax.Array, new_leaf: jax.Array) -> jax.Array:
+        return leaf.at[block_BS, position_BS % size].set(new_leaf, mode="drop")
+
+    return _placed(jax.tree.map(one, pool, new), None)
+
+
+def slots(window: KVCache, position_BS: Int[Array, "B S"]) -> KVCache:
+    """What windows hold at these positions: (B, S, ...)."""
+    row_B1 = jnp.arange(position_BS.shape[0])[:, None]
+    return jax.tree.map(lambda leaf: leaf[row_B1, jnp.clip(position_BS, 0, leaf.shape[1] - 1)], window)
+
+
+def _placed(cache: KVCache, rows: str | None) -> KVCache:
+    """On a mesh: heads are split as they are in attention; blocks are not split, for any row may list any of them."""
+    names = (rows, None, "kv_heads", "head_dim")
+    return jax.tree.map(lambda leaf: shard(leaf, *names[: leaf.ndim]), cache)
