@@ -1,6 +1,6 @@
 """Keys and values in blocks: what attention remembers of many rows, in one pool of memory per layer.
 
-    pool     (blocks, block_size, kv_heads, head_dim), keys and values alike; a block is whoever's table lists it
+    pool     (blocks, kv_heads, block_size, head_dim), keys and values alike; a block is whoever's table lists it
     table    the blocks of each row, in the order of positions: position p is in block table[p // size], at p % size
     window   a row's blocks side by side: a contiguous cache, in which slot t is position t
 
@@ -46,7 +46,7 @@ class PagedCache(Cache):
         self, key: Float[Array, "B S K H"], value: Float[Array, "B S K H"], position_ids: Int[Array, "B S"]
     ) -> "tuple[PagedCache, Float[Array, 'B T K H'], Float[Array, 'B T K H']]":
         """Store the new positions; keys and values of all positions up to them. Position -1 is stored nowhere."""
-        storage = self.pool.key.data_BTKH.dtype
+        storage = self.pool.key.dtype
         new = KVCache(Stored.of(key, storage), Stored.of(value, storage))
         pool = scatter(self.pool, new, self.table_BW, position_ids)
         window = gather(pool, self.table_BW, jnp.max(position_ids, axis=1) + 1)
@@ -94,37 +94,40 @@ def _reason(block: Block) -> str | None:
 
 
 def gather(pool: KVCache, table_BW: Int[Array, "B W"], length_B: Int[Array, "B"]) -> KVCache:
-    """The windows of rows that have stored so many positions: (B, W * block_size, ...), zeros from there on."""
-    num_blocks, size = jax.tree.leaves(pool)[0].shape[:2]
+    """The windows of rows that have stored so many positions: W * block_size slots, zeros from there on."""
+    num_blocks, _, size = jax.tree.leaves(pool)[0].shape[:3]
     block_BW = jnp.clip(table_BW, 0, num_blocks - 1)
     real_BT = jnp.arange(table_BW.shape[1] * size) < length_B[:, None]
 
     def one(leaf: jax.Array) -> jax.Array:
-        window = leaf[block_BW].reshape(*real_BT.shape, *leaf.shape[2:])
-        return jnp.where(real_BT.reshape(*real_BT.shape, *[1] * (leaf.ndim - 2)), window, jnp.zeros_like(window))
+        window = jnp.moveaxis(leaf[block_BW], 2, 1)  # heads before a row's blocks
+        window = window.reshape(*window.shape[:2], -1, *leaf.shape[3:])
+        real = real_BT.reshape(real_BT.shape[0], 1, -1, *[1] * (leaf.ndim - 3))
+        return jnp.where(real, window, jnp.zeros_like(window))
 
     return _placed(jax.tree.map(one, pool), "batch")
 
 
 def scatter(pool: KVCache, new: KVCache, table_BW: Int[Array, "B W"], position_BS: Int[Array, "B S"]) -> KVCache:
-    """The pool with new positions of rows stored; `new` has (B, S, ...), a position of -1 is stored nowhere."""
-    num_blocks, size = jax.tree.leaves(pool)[0].shape[:2]
+    """The pool with new positions of rows stored; `new` has S slots, a position of -1 is stored nowhere."""
+    num_blocks, _, size = jax.tree.leaves(pool)[0].shape[:3]
     at_BS = jnp.clip(position_BS // size, 0, table_BW.shape[1] - 1)
     block_BS = jnp.where(position_BS < 0, num_blocks, jnp.take_along_axis(table_BW, at_BS, axis=1))
 
     def one(leaf: jax.Array, new_leaf: jax.Array) -> jax.Array:
-        return leaf.at[block_BS, position_BS % size].set(new_leaf, mode="drop")
+        return leaf.at[block_BS, :, position_BS % size].set(new_leaf.swapaxes(1, 2), mode="drop")
 
     return _placed(jax.tree.map(one, pool, new), None)
 
 
 def slots(window: KVCache, position_BS: Int[Array, "B S"]) -> KVCache:
-    """What windows hold at these positions: (B, S, ...)."""
+    """What windows hold at these positions: caches of S slots."""
     row_B1 = jnp.arange(position_BS.shape[0])[:, None]
-    return jax.tree.map(lambda leaf: leaf[row_B1, jnp.clip(position_BS, 0, leaf.shape[1] - 1)], window)
+    slot_BS = jnp.clip(position_BS, 0, window.key.num_slots - 1)
+    return jax.tree.map(lambda leaf: leaf[row_B1, :, slot_BS].swapaxes(1, 2), window)
 
 
 def _placed(cache: KVCache, rows: str | None) -> KVCache:
     """On a mesh: heads are split as they are in attention; blocks are not split, for any row may list any of them."""
-    names = (rows, None, "kv_heads", "head_dim")
+    names = (rows, "kv_heads", None, "head_dim")
     return jax.tree.map(lambda leaf: shard(leaf, *names[: leaf.ndim]), cache)
