@@ -1,15 +1,15 @@
 """Keys and values in blocks: what attention remembers of many rows, in one pool of memory per layer.
 
-    pool     (blocks, block_size, kv_heads, head_dim), keys and values alike; a block is whoever's table lists it
+    pool     (blocks, kv_heads, block_size, head_dim), keys and values alike; a block is whoever's table lists it
     table    the blocks of each row, in the order of positions: position p is in block table[p // size], at p % size
     window   a row's blocks side by side: a contiguous cache, in which slot t is position t
 
 A pool is a contiguous cache whose rows are blocks, so it stores numbers as that does, in whatever dtype.
 
 Attention reads windows. `PagedCache.update` stores the new positions and makes the window of every row anew, as a
-prompt's chunk wants it: one copy for hundreds of tokens. Decoding takes the windows once for a call of several steps
-(`gather`), steps on them as on any contiguous cache, and puts what they wrote back (`scatter`): so the price of paging,
-to read and write a row's keys and values once more, is paid once a call and not once a token.
+prompt's chunk wants it: one copy for hundreds of tokens. Decoding steps on windows for several tokens, as on any
+contiguous cache, and only then puts what it wrote into the blocks (`scatter`). Its windows stay from call to call: a
+row is copied from its blocks (`refill`) when it comes in, and not once a token.
 
 Only as many blocks as the table is wide are read, those of the longest row of the call. What a row has not written
 itself reads as zeros: a free block still holds what its last owner left there, and a weight of zero does not make an
@@ -46,7 +46,7 @@ class PagedCache(Cache):
         self, key: Float[Array, "B S K H"], value: Float[Array, "B S K H"], position_ids: Int[Array, "B S"]
     ) -> "tuple[PagedCache, Float[Array, 'B T K H'], Float[Array, 'B T K H']]":
         """Store the new positions; keys and values of all positions up to them. Position -1 is stored nowhere."""
-        storage = self.pool.key.data_BTKH.dtype
+        storage = self.pool.key.dtype
         new = KVCache(Stored.of(key, storage), Stored.of(value, storage))
         pool = scatter(self.pool, new, self.table_BW, position_ids)
         window = gather(pool, self.table_BW, jnp.max(position_ids, axis=1) + 1)
@@ -60,12 +60,21 @@ def new_pools(config: Transformer, num_blocks: int, block_size: int, dtype: Any)
         ValueError: a layer keeps something else than keys and values of positions.
     """
     check_layers(config)
-    pools = []
+    return _caches(config, num_blocks, block_size, dtype, None)
+
+
+def new_windows(config: Transformer, num_rows: int, length: int, dtype: Any) -> tuple[KVCache, ...]:
+    """Empty windows, one per layer."""
+    return _caches(config, num_rows, length, dtype, "batch")
+
+
+def _caches(config: Transformer, size: int, length: int, dtype: Any, rows: str | None) -> tuple[KVCache, ...]:
+    caches = []
     for block in config.layers():
         assert isinstance(block.mixer, Attention)
-        shape = block.mixer.cache_shape(config.embed_dim, num_blocks, block_size)
-        pools.append(_placed(KVCache.empty(shape, dtype), None))
-    return tuple(pools)
+        shape = block.mixer.cache_shape(config.embed_dim, size, length)
+        caches.append(_placed(KVCache.empty(shape, dtype), rows))
+    return tuple(caches)
 
 
 def check_layers(config: Transformer) -> None:
@@ -94,37 +103,61 @@ def _reason(block: Block) -> str | None:
 
 
 def gather(pool: KVCache, table_BW: Int[Array, "B W"], length_B: Int[Array, "B"]) -> KVCache:
-    """The windows of rows that have stored so many positions: (B, W * block_size, ...), zeros from there on."""
-    num_blocks, size = jax.tree.leaves(pool)[0].shape[:2]
+    """The windows of rows that have stored so many positions: W * block_size slots, zeros from there on."""
+    num_blocks, _, size = jax.tree.leaves(pool)[0].shape[:3]
     block_BW = jnp.clip(table_BW, 0, num_blocks - 1)
     real_BT = jnp.arange(table_BW.shape[1] * size) < length_B[:, None]
 
     def one(leaf: jax.Array) -> jax.Array:
-        window = leaf[block_BW].reshape(*real_BT.shape, *leaf.shape[2:])
-        return jnp.where(real_BT.reshape(*real_BT.shape, *[1] * (leaf.ndim - 2)), window, jnp.zeros_like(window))
+        window = jnp.moveaxis(leaf[block_BW], 2, 1)  # heads before a row's blocks
+        window = window.reshape(*window.shape[:2], -1, *leaf.shape[3:])
+        real = real_BT.reshape(real_BT.shape[0], 1, -1, *[1] * (leaf.ndim - 3))
+        return jnp.where(real, window, jnp.zeros_like(window))
 
     return _placed(jax.tree.map(one, pool), "batch")
 
 
+def refill(
+    pools: tuple[KVCache, ...],
+    windows: tuple[KVCache, ...],
+    table_BW: Int[Array, "B W"],
+    length_B: Int[Array, "B"],
+    row_R: Int[Array, "R"],
+    num_rows: Int[Array, ""],
+) -> tuple[KVCache, ...]:
+    """The windows of all layers, the first `num_rows` of the rows `row_R` copied from their blocks."""
+
+    def body(number: jax.Array, windows: tuple[KVCache, ...]) -> tuple[KVCache, ...]:
+        row = row_R[number]
+        own = tuple(gather(pool, table_BW[row][None], length_B[row][None]) for pool in pools)
+        return jax.tree.map(
+            lambda window, new: jax.lax.dynamic_update_slice_in_dim(window, new, row, axis=0), windows, own
+        )
+
+    windows = jax.lax.fori_loop(0, num_rows, body, windows)
+    return tuple(_placed(window, "batch") for window in windows)
+
+
 def scatter(pool: KVCache, new: KVCache, table_BW: Int[Array, "B W"], position_BS: Int[Array, "B S"]) -> KVCache:
-    """The pool with new positions of rows stored; `new` has (B, S, ...), a position of -1 is stored nowhere."""
-    num_blocks, size = jax.tree.leaves(pool)[0].shape[:2]
+    """The pool with new positions of rows stored; `new` has S slots, a position of -1 is stored nowhere."""
+    num_blocks, _, size = jax.tree.leaves(pool)[0].shape[:3]
     at_BS = jnp.clip(position_BS // size, 0, table_BW.shape[1] - 1)
     block_BS = jnp.where(position_BS < 0, num_blocks, jnp.take_along_axis(table_BW, at_BS, axis=1))
 
     def one(leaf: jax.Array, new_leaf: jax.Array) -> jax.Array:
-        return leaf.at[block_BS, position_BS % size].set(new_leaf, mode="drop")
+        return leaf.at[block_BS, :, position_BS % size].set(new_leaf.swapaxes(1, 2), mode="drop")
 
     return _placed(jax.tree.map(one, pool, new), None)
 
 
 def slots(window: KVCache, position_BS: Int[Array, "B S"]) -> KVCache:
-    """What windows hold at these positions: (B, S, ...)."""
+    """What windows hold at these positions: caches of S slots."""
     row_B1 = jnp.arange(position_BS.shape[0])[:, None]
-    return jax.tree.map(lambda leaf: leaf[row_B1, jnp.clip(position_BS, 0, leaf.shape[1] - 1)], window)
+    slot_BS = jnp.clip(position_BS, 0, window.key.num_slots - 1)
+    return jax.tree.map(lambda leaf: leaf[row_B1, :, slot_BS].swapaxes(1, 2), window)
 
 
 def _placed(cache: KVCache, rows: str | None) -> KVCache:
     """On a mesh: heads are split as they are in attention; blocks are not split, for any row may list any of them."""
-    names = (rows, None, "kv_heads", "head_dim")
+    names = (rows, "kv_heads", None, "head_dim")
     return jax.tree.map(lambda leaf: shard(leaf, *names[: leaf.ndim]), cache)

@@ -39,9 +39,7 @@ class Embedder:
             ValueError: the model is none of these.
         """
         if not isinstance(model, EncoderModel | DecoderModel | EncoderDecoderModel):
-            raise ValueError(
-                f"no embeddings: a {type(model).__name__} is no encoder and no decoder of texts"
-            )
+            raise ValueError(f"no embeddings: a {type(model).__name__} is no encoder and no decoder of texts")
         self._graphdef, self._params = split(model)
         self._tokenizer = tokenizer
         self._lock = threading.Lock()  # one pass at a time: two would share the device and take twice the memory

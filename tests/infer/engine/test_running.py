@@ -103,8 +103,8 @@ def test_a_callback_may_ask_for_more() -> None:
 
 
 def heads_are_split(served: Engine) -> bool:
-    sharding: Any = served._device.pools[0].key.data_BTKH.sharding
-    return sharding.spec[:3] == (None, None, "tensor")
+    sharding: Any = served._device.pools[0].key.data_BKTH.sharding
+    return sharding.spec[:2] == (None, "tensor")
 
 
 def test_on_a_mesh_replies_are_those_of_one_device() -> None:
@@ -194,5 +194,5 @@ def test_a_model_of_bfloat16_is_served_in_bfloat16() -> None:
     graphdef, params = split(LLAMA.build(nnx.Rngs(params=1)))
     half = merge(graphdef, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params))
     served = Engine(half, tokenizer(), CONFIG)
-    assert served._device.pools[0].key.data_BTKH.dtype == jnp.bfloat16
+    assert served._device.pools[0].key.dtype == jnp.bfloat16
     assert serve(served, [Request((1, 2, 3), max_new_tokens=5, sampling=GREEDY)])[0][0].finish_reason == "length"

@@ -21,7 +21,7 @@ MODELS = {
     "decoder": llama(embed_dim=16, num_layers=2, num_heads=2, num_kv_heads=1, hidden_dim=24, vocab_size=SIZE),
     "encoder-decoder": t5(embed_dim=16, num_layers=2, num_heads=2, hidden_dim=24, vocab_size=SIZE),
 }
-TEXTS = ["b", "a text", "another text that is longer than both", "c"] + [f"text {number}" for number in range(15)]
+TEXTS = ["b", "a text", "another text that is longer than both", "c"] + [f"text {number:02}" for number in range(15)]
 
 
 def states(model: Any, ids: list[int]) -> np.ndarray:

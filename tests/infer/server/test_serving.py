@@ -16,8 +16,10 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from llmlab.commands.serve import main as cli_main
+from llmlab.infer.server import extra
 from llmlab.infer.server.config import ServerConfig
-from llmlab.infer.server.serving import listen, url_of
+from llmlab.infer.server.serving import Server, listen, url_of
 from tests.infer.server.fake import FakeEngine, letters
 from tests.infer.server.serving import running, service_of, until
 from tests.infer.server.test_completions import ids_of
@@ -136,6 +138,23 @@ def test_a_port_that_is_taken_is_told_with_a_way_out() -> None:
         assert url_of(first) == f"http://127.0.0.1:{port}"
     with pytest.raises(ValueError, match="no address of this machine"):
         listen(ServerConfig(name="x", host="no.such.host.invalid", port=0))
+
+
+def test_packages_that_are_missing_are_named_with_the_way_to_install_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extra, "find_spec", lambda name: None if name in ("uvicorn", "jinja2") else object())
+    with pytest.raises(ValueError, match=r"needs uvicorn, jinja2: pip install 'llmlab\[serve\]'"):
+        cli_main(["anything"])
+
+
+def test_a_server_that_all_can_reach_without_a_key_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], run_directory: Path
+) -> None:
+    monkeypatch.delenv("LLMLAB_API_KEY", raising=False)
+    monkeypatch.setattr(Server, "serve_on", lambda self, listening: None)
+    arguments = ["--max-rows", "2", "--max-length", "64", "--num-blocks", "16", "--prefill-chunk", "16", "--port", "0"]
+    for more, warned in ((["--host", "0.0.0.0"], True), (["--host", "0.0.0.0", "--api-key", "k"], False)):
+        assert cli_main([str(run_directory), *arguments, *more]) == 0
+        assert ("WARNING: whoever reaches 0.0.0.0" in capsys.readouterr().err) == warned
 
 
 @pytest.fixture(scope="module")
