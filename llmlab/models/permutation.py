@@ -287,7 +287,7 @@ class PermutationModel(nnx.Module):
             raise ValueError(
                 f"{option}=True: what a token sees depends on the whole batch; generate with {option}=False"
             )
-        num_keys = cache[0].key.data_BTKH.shape[1]
+        num_keys = cache[0].key.num_slots
         seen_BST = jnp.arange(num_keys) <= position_ids[:, :, None]
         distances = encoded_distances(num_keys, 0, config.embed_dim, clamp=config.clamp_length)
         place_BS = jnp.maximum(position_ids, 0)

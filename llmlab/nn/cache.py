@@ -35,12 +35,17 @@ from llmlab.sharding import shard
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Stored:
-    """A vector for every slot and head, in some storage; see the module's docstring."""
+    """A vector for every slot and head, in some storage; see the module's docstring.
 
-    data_BTKH: Shaped[Array, "B T K H"]
+    Heads stand before slots, so that a head's keys are one matrix in memory and attention multiplies with it as it
+    lies. With slots first, every token would copy the whole cache into that order: on CPU, for 16 rows of 192
+    positions, a token took 13 ms instead of 4.
+    """
+
+    data_BKTH: Shaped[Array, "B K T H"]
     """The numbers, or with a scale what is multiplied with it."""
-    scale_BTK: Float[Array, "B T K"] | None = None
-    """Scale of each slot and head, float32; None where the numbers are themselves."""
+    scale_BKT: Float[Array, "B K T"] | None = None
+    """Scale of each head and slot, float32; None where the numbers are themselves."""
 
     @classmethod
     def empty(cls, shape_BTKH: tuple[int, int, int, int], dtype: Any) -> "Stored":
@@ -51,41 +56,57 @@ class Stored:
         """
         if not (jnp.issubdtype(dtype, jnp.floating) or jnp.dtype(dtype) == jnp.int8):
             raise ValueError(f"a cache cannot store {jnp.dtype(dtype).name}; use float32, bfloat16 or int8")
-        scale = jnp.zeros(shape_BTKH[:3], jnp.float32) if jnp.dtype(dtype) == jnp.int8 else None
-        return cls(jnp.zeros(shape_BTKH, dtype), scale)._placed()
+        rows, slots, heads, dim = shape_BTKH
+        scale = jnp.zeros((rows, heads, slots), jnp.float32) if jnp.dtype(dtype) == jnp.int8 else None
+        return cls(jnp.zeros((rows, heads, slots, dim), dtype), scale)._placed()
 
     @classmethod
     def of(cls, x_BTKH: Float[Array, "B T K H"], dtype: Any) -> "Stored":
         """These numbers, rounded."""
+        x_BKTH = x_BTKH.swapaxes(1, 2)
         if jnp.dtype(dtype) != jnp.int8:
-            return cls(x_BTKH.astype(dtype))._placed()
-        x_BTKH = x_BTKH.astype(jnp.float32)
-        scale_BTK = jnp.max(jnp.abs(x_BTKH), axis=-1) / 127
-        units = x_BTKH / jnp.where(scale_BTK == 0.0, 1.0, scale_BTK)[..., None]
-        return cls(jnp.round(units).astype(jnp.int8), scale_BTK)._placed()
+            return cls(x_BKTH.astype(dtype))._placed()
+        x_BKTH = x_BKTH.astype(jnp.float32)
+        scale_BKT = jnp.max(jnp.abs(x_BKTH), axis=-1) / 127
+        units = x_BKTH / jnp.where(scale_BKT == 0.0, 1.0, scale_BKT)[..., None]
+        return cls(jnp.round(units).astype(jnp.int8), scale_BKT)._placed()
+
+    @property
+    def num_slots(self) -> int:
+        """T."""
+        return self.data_BKTH.shape[2]
+
+    @property
+    def dtype(self) -> Any:
+        """The storage."""
+        return self.data_BKTH.dtype
 
     def read(self, dtype: Any) -> Float[Array, "B T K H"]:
         """The numbers that were stored."""
-        if self.scale_BTK is None:
-            return self.data_BTKH.astype(dtype)
-        return (self.data_BTKH.astype(jnp.float32) * self.scale_BTK[..., None]).astype(dtype)
+        x_BKTH = self.data_BKTH
+        if self.scale_BKT is not None:
+            x_BKTH = x_BKTH.astype(jnp.float32) * self.scale_BKT[..., None]
+        return x_BKTH.astype(dtype).swapaxes(1, 2)
 
     def put(self, slot_BS: Int[Array, "B S"], new: "Stored") -> "Stored":
         """With these slots of every row replaced; a slot beyond the last is none."""
         row_B1 = jnp.arange(slot_BS.shape[0])[:, None]
-        written = jax.tree.map(lambda old, fresh: old.at[row_B1, slot_BS].set(fresh, mode="drop"), self, new)
-        return written._placed()
+
+        def written(old: jax.Array, fresh: jax.Array) -> jax.Array:
+            return old.at[row_B1, :, slot_BS].set(fresh.swapaxes(1, 2), mode="drop")
+
+        return jax.tree.map(written, self, new)._placed()
 
     def then(self, other: "Stored") -> "Stored":
         """These slots, and after them the other's."""
-        return jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), self, other)
+        return jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=2), self, other)
 
     def _placed(self) -> "Stored":
         """On a mesh: rows and heads are split as they are in attention."""
-        scale = self.scale_BTK
+        scale = self.scale_BKT
         return Stored(
-            shard(self.data_BTKH, "batch", None, "kv_heads", "head_dim"),
-            None if scale is None else shard(scale, "batch", None, "kv_heads"),
+            shard(self.data_BKTH, "batch", "kv_heads", None, "head_dim"),
+            None if scale is None else shard(scale, "batch", "kv_heads", None),
         )
 
 
@@ -110,7 +131,7 @@ class KVCache(Cache):
         self, key: Float[Array, "B S K H"], value: Float[Array, "B S K H"], position_ids: Int[Array, "B S"]
     ) -> "tuple[KVCache, Float[Array, 'B T K H'], Float[Array, 'B T K H']]":
         """See Cache. Positions beyond the last slot are not stored."""
-        storage, length = self.key.data_BTKH.dtype, self.key.data_BTKH.shape[1]
+        storage, length = self.key.dtype, self.key.num_slots
         slot_BS = jnp.where(position_ids < 0, length, position_ids)
         keys = self.key.put(slot_BS, Stored.of(key, storage))
         values = self.value.put(slot_BS, Stored.of(value, storage))
@@ -120,7 +141,7 @@ class KVCache(Cache):
         """The same cache with room for `length` positions."""
 
         def longer(leaf: jax.Array) -> jax.Array:
-            return jnp.pad(leaf, [(0, length - leaf.shape[1] if axis == 1 else 0) for axis in range(leaf.ndim)])
+            return jnp.pad(leaf, [(0, length - leaf.shape[2] if axis == 2 else 0) for axis in range(leaf.ndim)])
 
         return jax.tree.map(longer, self)
 
@@ -151,7 +172,7 @@ class RollingCache(Cache):
         self, key: Float[Array, "B S K H"], value: Float[Array, "B S K H"], position_ids: Int[Array, "B S"]
     ) -> "tuple[RollingCache, Float[Array, 'B T K H'], Float[Array, 'B T K H']]":
         """See Cache."""
-        storage, slot_BS = self.key.data_BTKH.dtype, self._slots(position_ids)
+        storage, slot_BS = self.key.dtype, self._slots(position_ids)
         new_key, new_value = Stored.of(key, storage), Stored.of(value, storage)
         stored_key, stored_value = self.key.put(slot_BS, new_key), self.value.put(slot_BS, new_value)
         cache = RollingCache(stored_key, stored_value, self._positions(position_ids))
@@ -200,7 +221,7 @@ class MemoryCache:
 
     def filled(self, key: Float[Array, "B T K H"], value: Float[Array, "B T K H"]) -> "MemoryCache":
         """With these keys and values, in the same storage."""
-        storage = self.key.data_BTKH.dtype
+        storage = self.key.dtype
         return MemoryCache(Stored.of(key, storage), Stored.of(value, storage))
 
     def read(self, dtype: Any) -> tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]:

@@ -71,10 +71,10 @@ def assert_same(got: jax.Array, want: jax.Array) -> None:
 def test_a_layer_with_a_window_gets_a_rolling_cache_where_the_sequence_is_longer():
     rolling = NARROW.new_cache(DIM, room())
     assert isinstance(rolling, RollingCache)
-    assert rolling.key.data_BTKH.shape == (2, WINDOW, 2, 4)
+    assert rolling.key.num_slots == WINDOW
     assert isinstance(NARROW.new_cache(DIM, room(length=WINDOW)), KVCache)
     assert isinstance(WIDE.new_cache(DIM, room()), KVCache)
-    assert NARROW.new_cache(DIM, room(rewind=3)).key.data_BTKH.shape[1] == WINDOW + 3
+    assert NARROW.new_cache(DIM, room(rewind=3)).key.num_slots == WINDOW + 3
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["causal", "a mask over slots"])
@@ -111,7 +111,7 @@ def test_padding_is_stored_nowhere_and_attends_to_nothing(config: Attention) -> 
     assert_same(o1[0, 0], want[0, 9])
     assert_same(o2[:, 0], jnp.stack([want[0, 10], want[1, 8]]))
     assert not np.asarray(o1[1]).any()  # no key is seen, and the output has no bias
-    stored = np.abs(state.key.data_BTKH).max(axis=(0, 2, 3))
+    stored = np.abs(state.key.data_BKTH).max(axis=(0, 1, 3))
     assert stored.max() < 50 * DIM**-0.5  # keys of padding are 50 times as large as those of tokens
 
 
@@ -171,14 +171,14 @@ def test_numbers_come_back_to_within_their_rounding(dtype: Any) -> None:
     x[0, 0, 0] = 0.0
     stored = Stored.of(jnp.float32(x), dtype)
     read = np.asarray(stored.read(jnp.float32), np.float64)
-    assert stored.data_BTKH.dtype == dtype
+    assert stored.dtype == dtype
     if dtype == jnp.float32:
         np.testing.assert_array_equal(read, np.float32(x))
     elif dtype == jnp.bfloat16:
         assert (np.abs(read - x) <= 2.0**-8 * np.abs(x)).all()
     else:  # half a unit; float32 makes the scale and the product 2^-22 inexact
         assert (np.abs(read - x) <= np.abs(x).max(-1, keepdims=True) * (1 / 254 + 2.0**-22)).all()
-        assert np.abs(np.asarray(stored.data_BTKH)).max() == 127
+        assert np.abs(np.asarray(stored.data_BKTH)).max() == 127
     assert not read[0, 0, 0].any()
 
 
@@ -225,5 +225,5 @@ def test_a_longer_cache_holds_the_same() -> None:
     state = KVCache.empty((2, 3, 2, 4), jnp.int8)
     state, *_ = state.update(jnp.ones((2, 2, 2, 4)), jnp.ones((2, 2, 2, 4)), rows(0, 1, length=2))
     grown = state.grown(6)
-    assert grown.key.data_BTKH.shape == (2, 6, 2, 4)
+    assert grown.key.num_slots == 6
     np.testing.assert_array_equal(grown.value.read(jnp.float32)[:, :3], state.value.read(jnp.float32))
