@@ -132,7 +132,7 @@ class Batch:
         if self.program.needs.counts:
             num_scores = self.program.steps.num_scores
             num_tokens = min(self.program.num_tokens or num_scores, num_scores)
-            counts = Counts.of([self.prompts[prompt] for prompt in rows_R], num_tokens)
+            counts = Counts.of([self.prompts[int(prompt)] for prompt in rows_R], num_tokens)
         real_B = np.arange(len(rows_R)) < len(self.prompt_of)
         choice, self._carry = _first(
             self.program, self.params, last_BD, state, self.rows, self._stop(), counts, real_B, allowed
@@ -244,7 +244,8 @@ def _first(
     allowed_BW: jax.Array | None,
 ) -> tuple[Choice, Carry]:
     """The first new token of every row; rows that are not real have ended."""
-    before = Carry(jnp.zeros_like(rows.start_B), rows.start_B - 1, ~real_B, counts, state)
+    start_B = jnp.asarray(rows.start_B)
+    before = Carry(jnp.zeros_like(start_B), start_B - 1, ~real_B, counts, state)
     return _chosen(program, params, last_BD, before, rows, stop_E, allowed_BW)
 
 

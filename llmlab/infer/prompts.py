@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from llmlab.infer.steps import EncoderDecoderSteps, Steps
+from llmlab.infer.steps import EncoderDecoderSteps, PaliGemmaSteps, Steps
 from llmlab.tokenizers import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -50,13 +50,23 @@ def read_prompts(
     for name, array in (inputs or {}).items():
         if len(array) != len(prompts):
             raise ValueError(f"inputs: {name} has {len(array)} rows for {len(prompts)} prompts; give one for each")
-    return [
-        Given(
-            tuple(start_tokens(tokenizer, prompt)),
-            inputs={name: array[number] for name, array in inputs.items()} if inputs else None,
-        )
-        for number, prompt in enumerate(prompts)
+    rows: list[Mapping[str, Any]] = [
+        {name: array[number] for name, array in (inputs or {}).items()} for number in range(len(prompts))
     ]
+    return [
+        Given(tuple(_continued(steps, tokenizer, prompt, row)), inputs=row or None)
+        for prompt, row in zip(prompts, rows, strict=True)
+    ]
+
+
+def _continued(steps: Steps, tokenizer: Tokenizer, prompt: Prompt, inputs: Mapping[str, Any]) -> list[int]:
+    """Tokens that the model continues; a PaliGemma's text stands after its images and ends with a line break."""
+    if not isinstance(steps, PaliGemmaSteps) or not isinstance(prompt, str):
+        return start_tokens(tokenizer, prompt)
+    shape = np.shape(inputs.get("pixel_values"))
+    num_images = shape[0] if len(shape) == 4 else len(shape) // 3
+    places = [steps.config.image_token_id] * (num_images * steps.config.vision.length)
+    return [*places, *start_tokens(tokenizer, prompt), *tokenizer.encode("\n")]
 
 
 def start_tokens(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:

@@ -357,7 +357,7 @@ def _ranked(scores_BV: jax.Array, temperature_B1: jax.Array, rows: SamplingRows)
 
 def _draw(logits_V: jax.Array, seed_2: ArrayLike, sample: ArrayLike, position: ArrayLike) -> jax.Array:
     """A token of one row."""
-    key = jax.random.wrap_key_data(seed_2, impl="threefry2x32")  # what jax.random.key makes of a seed
+    key = jax.random.wrap_key_data(jnp.asarray(seed_2), impl="threefry2x32")  # what jax.random.key makes of a seed
     key_token = jax.random.fold_in(jax.random.fold_in(key, sample), position)
     return jax.random.categorical(key_token, logits_V).astype(jnp.int32)
 

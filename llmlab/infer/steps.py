@@ -72,15 +72,15 @@ class Steps(abc.ABC):
         """Positions that the model has for what it continues; None for any number."""
         return self.config.max_length
 
-    @classmethod
-    def check(cls, config: Any) -> None:
-        """Raise ValueError where a model of this config, though of the kind, does not write text."""
-        return
-
     @property
     def num_scores(self) -> int:
         """Scores that `project` gives: the size of the vocabulary."""
         return self.config.vocab_size
+
+    @classmethod
+    def check(cls, config: Any) -> None:
+        """Raise ValueError where a model of this config, though of the kind, does not write text."""
+        return
 
     @abc.abstractmethod
     def new_state(
@@ -242,6 +242,10 @@ class PaliGemmaSteps(Steps):
     cannot be cut: image and prompt come in one call.
     """
 
+    @property
+    def num_scores(self) -> int:
+        return self.config.text.vocab_size
+
     def new_state(
         self,
         batch_size: int,
@@ -280,6 +284,10 @@ class VisualDecoderSteps(Steps):
     Tokens that follow see what the last token of `prefill` sees. A prompt can be cut where its parts see the same
     images, or given to `prefill` part by part, the later ones with an `image_attention_mask` alone.
     """
+
+    @property
+    def num_scores(self) -> int:
+        return self.config.vocab_size + self.config.additional_tokens
 
     def new_state(
         self,

@@ -85,7 +85,8 @@ class GrowingText:
         """
         self._decoder = StreamDecoder(tokenizer)
         for index in after[-_CONTEXT:]:
-            self._decoder.push(index)
+            if index < tokenizer.vocab_size:  # the places of images may lie beyond
+                self._decoder.push(index)
         self._stop = StopStrings(stop, include=include_stop)
         self.text = ""
         """All that was given out."""

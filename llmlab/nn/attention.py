@@ -23,7 +23,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from llmlab.nn.cache import KVCache, MemoryCache, RollingCache
-from llmlab.nn.config import Cache, Context, Mixer, Norm, Room
+from llmlab.nn.config import Cache, Context, LayerCache, Mixer, Norm, Room
 from llmlab.nn.dense import Dense
 from llmlab.nn.dropout import check_rate
 from llmlab.nn.kernels import Kernel, attention
@@ -92,7 +92,7 @@ class Attention(Mixer):
             return self
         return dataclasses.replace(self, scale=mup.attention_scale(head_dim, self.scale))
 
-    def new_cache(self, dim: int, room: Room) -> KVCache | RollingCache:
+    def new_cache(self, dim: int, room: Room) -> LayerCache:
         """Rolling where the layer has a window that is shorter than the sequence."""
         if self.window is not None and self.window + room.rewind < room.length:
             return RollingCache.empty(self.cache_shape(dim, room.batch_size, self.window + room.rewind), room.dtype)
@@ -118,7 +118,7 @@ class CrossAttention(Attention):
     memory_dim: int | None = None
     """Width of that output; None for the model's own."""
 
-    def new_cache(self, dim: int, room: Room) -> MemoryCache:
+    def new_cache(self, dim: int, room: Room) -> LayerCache:
         return MemoryCache.empty(self.cache_shape(dim, room.batch_size, room.memory_length), room.dtype)
 
     def source_dim(self, dim: int) -> int:
@@ -253,8 +253,8 @@ class CrossAttentionLayer(AttentionLayer):
         x_BSD: Float[Array, "B S D"],
         context: Context,
         key: jax.Array | None = None,
-        cache: MemoryCache | None = None,
-    ) -> tuple[Float[Array, "B S D"], MemoryCache | None]:
+        cache: Any = None,
+    ) -> tuple[Float[Array, "B S D"], Any]:
         mask = Full() if context.memory_mask is None else context.memory_mask
         if context.memory is not None:
             q_BSNH, k_BTKH, v_BTKH = self.project(x_BSD, context.memory)

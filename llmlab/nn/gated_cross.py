@@ -102,4 +102,5 @@ class GatedLayer(SerialLayer):
             return super().__call__(self.gated(x_BSD, context, key_gated)[0], context, key)
         x_BSD, looked = self.gated(x_BSD, context, key_gated, cache.cross)
         x_BSD, own, auxiliary = super().__call__(x_BSD, context, key, cache.mixer)
+        assert own is not None
         return x_BSD, DecoderLayerCache(own, looked), auxiliary

@@ -133,7 +133,7 @@ class ReversibleStack(Stack):
                 "bias or encoder states"
             )
         if cache is not None:
-            layers = [*self.repeats.layers([nnx.split(block)[1] for block in self.blocks]), *self.remainder]
+            layers: list[Any] = [*self.repeats.layers([nnx.split(block)[1] for block in self.blocks]), *self.remainder]
             streams, caches = (x_BSD, x_BSD), []
             for layer, before in zip(layers, cache, strict=True):
                 streams, after = layer.decode(streams, context, before)

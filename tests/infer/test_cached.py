@@ -1,7 +1,7 @@
 """Whatever a model remembers, decoding gives the logits of the whole forward pass: every family that writes text."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -74,6 +74,13 @@ class Case:
     @property
     def ids(self) -> jax.Array:
         return jnp.array(self.rows)
+
+    @property
+    def positions(self) -> jax.Array:
+        """Of the columns of the four prompts."""
+        column_S, length_B1 = jnp.arange(self.longest), jnp.array(self.lengths)[:, None]
+        right_BS = jnp.where(column_S < length_B1, column_S, -1)
+        return jnp.concatenate([right_BS, jnp.maximum(column_S - (self.longest - length_B1), -1)])
 
     @property
     def longest(self) -> int:
@@ -195,13 +202,10 @@ def prepared(case: Case) -> tuple[Steps, Params]:
     return steps, jax.tree.unflatten(tree, moved)
 
 
-def decoded(case: Case, steps: Steps, params: Params, dtype: Any = jnp.float32) -> tuple[jax.Array, jax.Array]:
-    """Logits of the four prompts' columns, and of the tokens after them."""
-    length_B1 = jnp.tile(jnp.array(case.lengths), 2)[:, None]
-    column_S = jnp.arange(case.longest)
-    right_BS = jnp.where(column_S < length_B1[:2], column_S, -1)
-    left_BS = jnp.maximum(column_S - (case.longest - length_B1[2:]), -1)
-    position_BS = jnp.concatenate([right_BS, left_BS])
+def decoded(
+    case: Case, steps: Steps, params: Params, position_BS: jax.Array, dtype: Any = jnp.float32
+) -> tuple[jax.Array, jax.Array, State]:
+    """Logits of the four prompts' columns, of the tokens after them, and the state in the end."""
     begin_BS, end_BS = jnp.split(position_BS, [case.cut or case.longest], axis=1)
     inputs = case.inputs_of(begin_BS, first=True)
     state = steps.new_state(4, len(case.rows[0]), dtype, inputs)
@@ -215,12 +219,12 @@ def decoded(case: Case, steps: Steps, params: Params, dtype: Any = jnp.float32) 
         states = jnp.concatenate([states, ended], axis=1)
 
     def step(state: State, number: jax.Array) -> tuple[State, jax.Array]:
-        position_B1 = length_B1 + number
+        position_B1 = position_BS.max(axis=1, keepdims=True) + 1 + number
         hidden, state = steps.step(params, state, case.given(position_B1), position_B1)
         return state, hidden[:, 0]
 
-    _, after_SBD = jax.lax.scan(step, state, jnp.arange(STEPS))
-    return steps.project(params, states), steps.project(params, after_SBD.swapaxes(0, 1))
+    state, after_SBD = jax.lax.scan(step, state, jnp.arange(STEPS))
+    return steps.project(params, states), steps.project(params, after_SBD.swapaxes(0, 1)), state
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -229,10 +233,10 @@ def test_decoding_gives_the_logits_of_the_whole_forward_pass(name: str) -> None:
     steps, params = prepared(case)
 
     @jax.jit
-    def both(params: Params) -> Any:
-        return case.whole(merge(steps.graphdef, params)), decoded(case, steps, params)
+    def both(params: Params, position_BS: jax.Array) -> Any:
+        return case.whole(merge(steps.graphdef, params)), decoded(case, steps, params, position_BS)
 
-    whole, (prompts, after) = both(params)
+    whole, (prompts, after, _) = both(params, case.positions)
     tolerance = 1e-5 * float(jnp.abs(whole).max())  # the same float32 sums in another order
     for row, length in enumerate([*case.lengths, *case.lengths]):
         want, real = np.asarray(whole[row % 2]), slice(length) if row < 2 else slice(case.longest - length, None)
@@ -244,3 +248,72 @@ def test_every_family_that_writes_text_is_among_the_cases() -> None:
     writing = {"decoder", "encoder-decoder", "encoder or decoder", "permutation"}
     named = {family.name for family in FAMILIES if family.kind in writing} | {"PaliGemma", "Flamingo"}
     assert named <= CASES.keys()
+
+
+@pytest.mark.parametrize("kind", ["LSH", "one that looks both ways"])
+def test_a_layer_that_cannot_remember_says_why(kind: str) -> None:
+    if kind == "LSH":
+        lsh = LSHAttention(num_heads=4)
+        config: Any = reformer.reformer(**_reformer, layers=("local", "lsh"), local=LOCAL, lsh=lsh)
+        match = "layer 1: LSHAttention has no cache: it sorts all tokens of a row into chunks"
+    else:
+        block = performer.block(num_heads=4, hidden_dim=24, causal=False, num_features=8)
+        config = performer.decoder(block, embed_dim=16, num_layers=1, vocab_size=VOCAB)
+        match = "layer 0: FavorAttention.causal=False. sums over the whole row"
+    with pytest.raises(ValueError, match=match):
+        prepare(config.build(nnx.Rngs(params=0)))[0].new_state(1, 8)
+
+
+def test_what_sums_and_chunks_cannot_do_is_refused() -> None:
+    with pytest.raises(ValueError, match="rewind=2: FavorAttention keeps sums, of which nothing can be taken back"):
+        prepared(CASES["Performer"])[0].new_state(1, 8, rewind=2)
+    wide = replace(LOCAL, before=2)
+    config = reformer.reformer(**_reformer, layers=("local",), local=wide, lsh=LSHAttention(num_heads=4))
+    with pytest.raises(ValueError, match=r"before=2, after=0\) decodes no text.* use before=1 and after=0"):
+        prepare(config.build(nnx.Rngs(params=0)))[0].new_state(1, 8)
+    steps, params = prepared(CASES["XLNet"])
+    crossing = prepare(xlnet.xlnet(**SIZES, hidden_dim=24, same_length=True).build(nnx.Rngs(params=0)))[0]
+    with pytest.raises(ValueError, match="same_length=True: what a token sees depends on the whole batch"):
+        crossing.step(params, steps.new_state(1, 8), jnp.zeros((1, 1), int), jnp.zeros((1, 1), int))
+
+
+def test_a_mask_over_slots_means_nothing_to_sums() -> None:
+    steps, params = prepared(CASES["Performer"])
+    model, state = merge(steps.graphdef, params), steps.new_state(1, 8)
+    with pytest.raises(ValueError, match="no slots for a mask to name"):
+        model.hidden_states(jnp.zeros((1, 2), int), attention_mask=jnp.ones((1, 8), int), cache=state.caches)
+
+
+@pytest.mark.parametrize("kind", ["reversible", "permutation"])
+def test_a_model_that_scores_no_next_token_is_refused(kind: str) -> None:
+    if kind == "reversible":
+        two_way = replace(LOCAL, after=1)
+        config: Any = reformer.reformer(
+            **_reformer, layers=("local",), local=two_way, lsh=LSHAttention(num_heads=4), causal=False
+        )
+        match = "causal=False and head=MaskedLM does not write text"
+    else:
+        config, match = xlnet.xlnet(**SIZES, hidden_dim=24, head=None), "head=NoneType does not write text"
+    with pytest.raises(ValueError, match=match):
+        prepare(config.build(nnx.Rngs(params=0)))
+
+
+def test_sums_over_many_chunks_are_those_of_the_whole_row() -> None:
+    """A Performer's sums over rows of several chunks, cut elsewhere than where its prefix sums are."""
+    block = performer.block(num_heads=4, hidden_dim=24, causal=True, num_features=16)
+    block = replace(block, mixer=replace(block.mixer, chunk=8))
+    case = Case(performer.decoder(block, embed_dim=16, num_layers=1, vocab_size=VOCAB))
+    steps, params = prepared(case)
+    ids = jax.random.randint(jax.random.key(7), (2, 40), 0, VOCAB)
+    place = jnp.broadcast_to(jnp.arange(40), (2, 40))
+
+    @jax.jit
+    def both(params: Params) -> Any:
+        state, pieces = steps.new_state(2, 40), []
+        for start, stop in ((0, 13), (13, 33), (33, 40)):
+            piece, state = steps.step(params, state, ids[:, start:stop], place[:, start:stop])
+            pieces.append(piece)
+        return merge(steps.graphdef, params).hidden_states(ids).states, jnp.concatenate(pieces, axis=1)
+
+    whole, pieces = both(params)
+    np.testing.assert_allclose(pieces, whole, rtol=0, atol=1e-5 * float(jnp.abs(whole).max()))

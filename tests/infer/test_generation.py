@@ -17,7 +17,7 @@ from llmlab.infer.decoding import Batch, chunks
 from llmlab.infer.generate import Completion, generate
 from llmlab.infer.greedy import greedy
 from llmlab.infer.sampling import GREEDY, Sampling
-from llmlab.models import bart, llama, t5
+from llmlab.models import bart, clip, flamingo, gemma, llama, paligemma, siglip, t5
 from llmlab.models.config import Untied
 from llmlab.nn.module import merge, split
 from llmlab.tokenizers import Bytes
@@ -227,3 +227,47 @@ def test_no_prompts_no_completions():
     assert generate(MODEL, TOKENIZER, []) == []
     with pytest.raises(ValueError, match="has no tokens"):
         generate(MODEL, TOKENIZER, [[]])
+
+
+def _tower(make: Any, **more: Any) -> Any:
+    return make(embed_dim=12, num_layers=1, num_heads=2, hidden_dim=16, image_size=4, patch_size=2, channels=1, **more)
+
+
+def images_of(kind: str) -> tuple[Any, np.ndarray]:
+    """A model that looks at images, all its gates open, and images for three prompts."""
+    if kind == "paligemma":
+        text = gemma.gemma(embed_dim=16, num_layers=2, num_heads=2, hidden_dim=24, vocab_size=VOCAB, head_dim=8)
+        config = paligemma.PaliGemma(vision=_tower(siglip.siglip, pooled=False), text=text, image_token_id=300)
+    else:
+        config = flamingo.flamingo(
+            **_SIZES, hidden_dim=24, interval=2, vision=_tower(clip.clip_vision), additional_tokens=2
+        )
+    graphdef, params = split(config.build(nnx.Rngs(params=0)))
+    leaves, tree = jax.tree.flatten(params)
+    rng = np.random.default_rng(0)
+    moved = [leaf + jnp.asarray(0.3 * rng.standard_normal(leaf.shape), jnp.float32) for leaf in leaves]
+    shape = (3, 4, 4, 1) if kind == "paligemma" else (3, 2, 4, 4, 1)
+    return merge(graphdef, jax.tree.unflatten(tree, moved)), rng.standard_normal(shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("kind", ["paligemma", "flamingo"])
+def test_a_model_that_sees_images_writes_what_the_whole_model_scores_highest(kind):
+    model, pixels = images_of(kind)
+    prompts, new = ["what", "is in the picture", "a"], 6
+    written = generate(
+        model, TOKENIZER, prompts, inputs={"pixel_values": pixels}, sampling=GREEDY, max_new_tokens=new, n=1
+    )
+    blank = generate(
+        model, TOKENIZER, prompts, inputs={"pixel_values": 0 * pixels}, sampling=GREEDY, max_new_tokens=new
+    )
+    assert [c.token_ids for c in blank] != [c.token_ids for c in written]
+    for number, (prompt, completion) in enumerate(zip(prompts, written, strict=True)):
+        text = [BOS, *TOKENIZER.encode(prompt)]
+        given = [*[300] * 4, *text, *TOKENIZER.encode("\n")] if kind == "paligemma" else text
+        ids = jnp.array([[*given, *completion.token_ids]])
+        suffix = (jnp.arange(ids.shape[1])[None] >= len(given)).astype(jnp.int32)
+        kinds = {"token_type_ids": suffix} if kind == "paligemma" else {}
+        logits = model(ids, jnp.asarray(pixels[number : number + 1]), **kinds).logits[0, :, :VOCAB]
+        best = jnp.argmax(logits[len(given) - 1 : -1], axis=-1).tolist()
+        assert list(completion.token_ids) == best[: len(completion.token_ids)]
+        assert len(best) == new or completion.finish_reason == "stop"

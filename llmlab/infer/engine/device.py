@@ -7,7 +7,7 @@ bucket of each kind, the largest.
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, cast
 
 import jax
@@ -19,30 +19,17 @@ from llmlab.infer.engine.blocks import Copy
 from llmlab.infer.engine.config import EngineConfig
 from llmlab.infer.engine.jobs import Chunk, Move, Sample, SwapIn, SwapOut
 from llmlab.infer.engine.paged import check_layers, new_pools
-from llmlab.infer.engine.programs import Drawn, Program, Rows, covers, levels
+from llmlab.infer.engine.programs import Drawn, Program, levels
 from llmlab.infer.engine.request import Request, RequestRefused
-from llmlab.infer.sampling import GREEDY, Counts, Needs, Sampling, SamplingRows
+from llmlab.infer.engine.rows import MAX_BIASED, MAX_FORCED, DecodeRow, RowArrays, Seats
 from llmlab.infer.steps import DecoderSteps, prepare
 from llmlab.sharding.rules import Placement, activate
 
-MAX_BIASED, MAX_FORCED, MAX_STOP_IDS = 512, 128, 8
 _SMALLEST_CHUNK = 16
 _SMALLEST_WINDOW = 128  # positions
 _DEFAULT_LENGTH = 2048
 # Blocks beyond so many full batches would only hold prefixes, which few workloads meet again.
 _FULL_BATCHES = 4
-
-
-@dataclass(frozen=True)
-class DecodeRow:
-    """One row of a decoding call."""
-
-    sample: Sample
-    room: int
-    """Tokens that it may draw."""
-    stop_ids: Sequence[int]
-    allowed: np.ndarray | None = None
-    """Bitmask of the tokens that it may draw, 32 to a word; None for all."""
 
 
 class Device:
@@ -89,7 +76,9 @@ class Device:
         self.chunk_sizes = _powers(min(_SMALLEST_CHUNK, chunk), chunk)
         if self.config.deterministic:
             self.widths, self.row_counts, self.chunk_sizes = [widest], [self.config.max_rows], [chunk]
-        self._plain = self._plain_rows()
+        self._arrays = RowArrays(self.program, self.row_counts, self._padded)
+        self._windows: programs.Windows = ()
+        self._seats = Seats(0, 0)
         self._compiled = _compilations()
 
     @property
@@ -139,6 +128,7 @@ class Device:
 
     def reset(self) -> None:
         """Empty pools, after a failure that may have taken the old ones."""
+        self._windows, self._seats = (), Seats(0, 0)
         self.pools = self._new_pools()
 
     @contextlib.contextmanager
@@ -219,58 +209,29 @@ class Device:
             return jax.device_get(programs.score(self.program, self.params, hidden_BSD, next_BS))
 
     def decode(self, rows: Sequence[DecodeRow], steps: int) -> Drawn:
-        """The next tokens of rows, in host memory; the first columns are the rows'."""
-        with self._active():
-            drawn, self.pools = programs.decode(
-                self.program, self.params, self.pools, self._rows(rows), np.int32(steps)
-            )
-        return jax.device_get(drawn)
-
-    # --- rows as arrays ---
-
-    def _rows(self, rows: Sequence[DecodeRow]) -> Rows:
+        """The next tokens of rows, in host memory, a column for each row."""
         count = _bucket(self.row_counts, len(rows))
-        width = _bucket(self.widths, max((len(row.sample.table.blocks) for row in rows), default=1))
-        table_BW = np.stack([self._padded([], width)] * count)
-        stop_BE = np.full((count, MAX_STOP_IDS), -1, np.int32)
-        token_B, position_B, room_B, level_B = (np.zeros(count, np.int32) for _ in range(4))
-        samplings = [row.sample.job.request.sampling for row in rows]
-        for number, row in enumerate(rows):
-            sample, stop_ids = row.sample, list(row.stop_ids)[:MAX_STOP_IDS]  # the engine looks for all of them
-            token_B[number], position_B[number], room_B[number] = sample.ids[-1], sample.table.length, row.room
-            table_BW[number, : len(sample.table.blocks)] = sample.table.blocks
-            stop_BE[number, : len(stop_ids)] = stop_ids
-            level_B[number] = self._level(samplings[number], row.allowed is not None)
-        sampling = _sampling_rows(rows, samplings, count)
-        counts, allowed_BW = self._plain[count]
-        if len(self.program.levels) - 1 in level_B:
-            counts, allowed_BW = self._particular(rows, count)
-        return Rows(token_B, position_B, room_B, stop_BE, table_BW, level_B, sampling, counts, allowed_BW)
+        width = _bucket(self.widths, max(len(row.sample.table.blocks) for row in rows))
+        if (count, width) != self._seats.shape:
+            self._new_windows(count, width)
+        seat_of = self._seats.take(rows)
+        seated: list[DecodeRow | None] = [None] * count
+        for seat, row in zip(seat_of, rows, strict=True):
+            seated[seat] = row
+        arrays = self._arrays.rows(seated, width, self._seats.stale)
+        with self._active():
+            drawn, self.pools, self._windows = programs.decode(
+                self.program, self.params, self.pools, self._windows, arrays, np.int32(steps)
+            )
+        drawn = programs.columns(jax.device_get(drawn), seat_of)
+        self._seats.wrote(seat_of, drawn.count_B.tolist())
+        return drawn
 
-    def _level(self, sampling: Sampling, constrained: bool) -> int:
-        needs = Needs.of([sampling], allowed=constrained)
-        return next(number for number, level in enumerate(self.program.levels) if covers(level, needs))
-
-    def _particular(self, rows: Sequence[DecodeRow], count: int) -> tuple[Counts, np.ndarray]:
-        """What the level of all stages looks at."""
-        prompts, texts = [], []
-        allowed_BW = np.full((count, -(-self.program.num_tokens // 32)), -1, np.int32)
-        for number, row in enumerate(rows):
-            length = len(row.sample.job.request.prompt_ids)
-            prompts.append(row.sample.ids[:length])
-            texts.append(row.sample.ids[length:])
-            if row.allowed is not None:
-                allowed_BW[number] = row.allowed[: allowed_BW.shape[1]]
-        rest: list[list[int]] = [[] for _ in range(count - len(rows))]
-        return Counts.of([*prompts, *rest], self.program.num_tokens, [*texts, *rest]), allowed_BW
-
-    def _plain_rows(self) -> dict[int, tuple[Counts, Any]]:
-        """Counts and bitmasks of rows that ask for neither, on the device once and for all."""
-        plain = {}
-        for count in self.row_counts:
-            words = np.full((count, -(-self.program.num_tokens // 32)), -1, np.int32)
-            plain[count] = jax.device_put((Counts.of([[]] * count, self.program.num_tokens, [[]] * count), words))
-        return plain
+    def _new_windows(self, count: int, width: int) -> None:
+        self._windows, self._seats = (), Seats(count, width)  # the old ones go first
+        with self._active():
+            length = width * self.config.block_size
+            self._windows = programs.windows(self.program, count, length, self._dtype)
 
     def _padded(self, blocks: Sequence[int], width: int) -> np.ndarray:
         assert self.config.num_blocks is not None
@@ -306,46 +267,12 @@ class Device:
         jax.block_until_ready(self.pools)
 
     def _warm_decode(self, count: int, width: int) -> None:
-        plain = self._rows([])
-        for counts, allowed_BW in (self._plain[count], self._particular([], count)):
-            zeros_B = np.zeros(count, np.int32)
-            rows = replace(
-                plain,
-                token_B=zeros_B,
-                position_B=zeros_B,
-                room_B=zeros_B,
-                level_B=zeros_B,
-                stop_BE=np.full((count, MAX_STOP_IDS), -1, np.int32),
-                table_BW=np.stack([self._padded([], width)] * count),
-                sampling=_sampling_rows([], [], count),
-                counts=counts,
-                allowed_BW=allowed_BW,
-            )
+        self._new_windows(count, width)
+        for arrays in self._arrays.nobody(count, width):
             with self._active():
-                _, self.pools = programs.decode(self.program, self.params, self.pools, rows, np.int32(1))
-
-
-def _sampling_rows(rows: Sequence[DecodeRow], samplings: Sequence[Sampling], count: int) -> SamplingRows:
-    """The rows' sampling at the widths that programs are compiled for."""
-    fill = count - len(rows)
-    prompts = [len(row.sample.job.request.prompt_ids) for row in rows]
-    lasts = [prompt + row.sample.job.request.max_new_tokens - 1 for prompt, row in zip(prompts, rows, strict=True)]
-    made = SamplingRows.of(
-        [*samplings, *[GREEDY] * fill],
-        samples=[*(row.sample.number for row in rows), *[0] * fill],
-        starts=[*prompts, *[0] * fill],
-        lasts=[*lasts, *[0] * fill],
-    )
-    return replace(
-        made,
-        bias_id_BJ=_widened(made.bias_id_BJ, MAX_BIASED, 2**31 - 1),
-        bias_BJ=_widened(made.bias_BJ, MAX_BIASED, 0),
-        forced_BF=_widened(made.forced_BF, MAX_FORCED, -1),
-    )
-
-
-def _widened(array_BJ: Any, width: int, fill: int) -> np.ndarray:
-    return np.pad(array_BJ, ((0, 0), (0, width - array_BJ.shape[1])), constant_values=fill)
+                _, self.pools, self._windows = programs.decode(
+                    self.program, self.params, self.pools, self._windows, arrays, np.int32(1)
+                )
 
 
 def _powers(first: int, last: int) -> list[int]:
@@ -361,7 +288,8 @@ def _bucket(sizes: Sequence[int], count: int) -> int:
 
 
 def _compilations() -> int:
-    jitted = (programs.prefill, programs.score, programs.decode, programs.copy, programs.read, programs.write)
+    p = programs
+    jitted = (p.prefill, p.score, p.windows, p.decode, p.copy, p.read, p.write)
     return sum(cast(Any, function)._cache_size() for function in jitted)  # jax's stubs do not know _cache_size
 
 

@@ -44,10 +44,11 @@ from flax import nnx
 from llmlab.infer.completion import Limits, Row, token_logprob
 from llmlab.infer.constraints import Matcher, matcher
 from llmlab.infer.engine.config import EngineConfig, Stats
-from llmlab.infer.engine.device import DecodeRow, Device
+from llmlab.infer.engine.device import Device
 from llmlab.infer.engine.jobs import Job, Phase, Plan, Sample
 from llmlab.infer.engine.programs import Drawn
 from llmlab.infer.engine.request import Event, FinishReason, Handle, Request, RequestRefused, TokenLogprobs
+from llmlab.infer.engine.rows import DecodeRow
 from llmlab.infer.engine.scheduler import Scheduler
 from llmlab.infer.sampling import Logprobs, check_vocabulary
 from llmlab.infer.stopping import GrowingText

@@ -7,9 +7,9 @@
 A pool is a contiguous cache whose rows are blocks, so it stores numbers as that does, in whatever dtype.
 
 Attention reads windows. `PagedCache.update` stores the new positions and makes the window of every row anew, as a
-prompt's chunk wants it: one copy for hundreds of tokens. Decoding takes the windows once for a call of several steps
-(`gather`), steps on them as on any contiguous cache, and puts what they wrote back (`scatter`): so the price of paging,
-to read and write a row's keys and values once more, is paid once a call and not once a token.
+prompt's chunk wants it: one copy for hundreds of tokens. Decoding steps on windows for several tokens, as on any
+contiguous cache, and only then puts what it wrote into the blocks (`scatter`). Its windows stay from call to call: a
+row is copied from its blocks (`refill`) when it comes in, and not once a token.
 
 Only as many blocks as the table is wide are read, those of the longest row of the call. What a row has not written
 itself reads as zeros: a free block still holds what its last owner left there, and a weight of zero does not make an
@@ -60,12 +60,21 @@ def new_pools(config: Transformer, num_blocks: int, block_size: int, dtype: Any)
         ValueError: a layer keeps something else than keys and values of positions.
     """
     check_layers(config)
-    pools = []
+    return _caches(config, num_blocks, block_size, dtype, None)
+
+
+def new_windows(config: Transformer, num_rows: int, length: int, dtype: Any) -> tuple[KVCache, ...]:
+    """Empty windows, one per layer."""
+    return _caches(config, num_rows, length, dtype, "batch")
+
+
+def _caches(config: Transformer, size: int, length: int, dtype: Any, rows: str | None) -> tuple[KVCache, ...]:
+    caches = []
     for block in config.layers():
         assert isinstance(block.mixer, Attention)
-        shape = block.mixer.cache_shape(config.embed_dim, num_blocks, block_size)
-        pools.append(_placed(KVCache.empty(shape, dtype), None))
-    return tuple(pools)
+        shape = block.mixer.cache_shape(config.embed_dim, size, length)
+        caches.append(_placed(KVCache.empty(shape, dtype), rows))
+    return tuple(caches)
 
 
 def check_layers(config: Transformer) -> None:
@@ -106,6 +115,27 @@ def gather(pool: KVCache, table_BW: Int[Array, "B W"], length_B: Int[Array, "B"]
         return jnp.where(real, window, jnp.zeros_like(window))
 
     return _placed(jax.tree.map(one, pool), "batch")
+
+
+def refill(
+    pools: tuple[KVCache, ...],
+    windows: tuple[KVCache, ...],
+    table_BW: Int[Array, "B W"],
+    length_B: Int[Array, "B"],
+    row_R: Int[Array, "R"],
+    num_rows: Int[Array, ""],
+) -> tuple[KVCache, ...]:
+    """The windows of all layers, the first `num_rows` of the rows `row_R` copied from their blocks."""
+
+    def body(number: jax.Array, windows: tuple[KVCache, ...]) -> tuple[KVCache, ...]:
+        row = row_R[number]
+        own = tuple(gather(pool, table_BW[row][None], length_B[row][None]) for pool in pools)
+        return jax.tree.map(
+            lambda window, new: jax.lax.dynamic_update_slice_in_dim(window, new, row, axis=0), windows, own
+        )
+
+    windows = jax.lax.fori_loop(0, num_rows, body, windows)
+    return tuple(_placed(window, "batch") for window in windows)
 
 
 def scatter(pool: KVCache, new: KVCache, table_BW: Int[Array, "B W"], position_BS: Int[Array, "B S"]) -> KVCache:

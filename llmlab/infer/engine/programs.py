@@ -2,8 +2,8 @@
 
     prefill   a chunk of one prompt: stores its positions, gives its hidden states
     score     log-probabilities of a prompt's tokens, from those states
-    decode    the last token of every row in, the next one out, for several steps: takes the rows' windows from the
-              pools, loops on the device, puts the new positions back
+    decode    the last token of every row in, the next one out, for several steps: copies the rows that are new into
+              the windows, loops on the device, puts the new positions into the blocks
     copy      blocks to other blocks (samples of one prompt part); read and write: blocks to the host and back
 
 What requests ask of sampling is data. Stages that cost much run under a condition, and only if some row needs them
@@ -12,6 +12,7 @@ requests, and what a row gets does not depend on what the others ask for.
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,13 +21,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from llmlab.infer.engine.paged import PagedCache, gather, scatter, slots
+from llmlab.infer.engine.paged import PagedCache, new_windows, refill, scatter, slots
 from llmlab.infer.sampling import Choice, Counts, Logprobs, Needs, SamplingRows, choose, logprobs_of
 from llmlab.infer.steps import State, Steps
 from llmlab.nn.cache import KVCache
 from llmlab.nn.module import Params
 
 Pools = tuple[KVCache, ...]
+Windows = tuple[KVCache, ...]
 
 
 def levels(max_logprobs: int) -> tuple[Needs, ...]:
@@ -84,6 +86,10 @@ class Rows:
     counts: Counts
     allowed_BW: Int[Array, "B M"] | UInt32[Array, "B M"] | np.ndarray | Any
     """Bitmask of the tokens that the row may draw."""
+    stale_B: Int[Array, "B"] | np.ndarray
+    """First those rows whose window is not that of their blocks; then anything."""
+    num_stale: Int[Array, ""] | np.ndarray | np.integer
+    """How many these are."""
 
 
 @jax.tree_util.register_dataclass
@@ -126,14 +132,26 @@ def score(program: Program, params: Params, hidden_BSD: Float[Array, "B S D"], n
     return jax.lax.map(one, (jnp.moveaxis(hidden_BSD, 1, 0), next_BS.T))
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def windows(program: Program, num_rows: int, length: int, dtype: Any) -> Windows:
+    """Windows for decoding, nothing in them."""
+    return new_windows(program.steps.config, num_rows, length, dtype)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
 def decode(
-    program: Program, params: Params, pools: Pools, rows: Rows, num_steps: Int[Array, ""] | np.ndarray | np.integer
-) -> tuple[Drawn, Pools]:
+    program: Program,
+    params: Params,
+    pools: Pools,
+    windows: Windows,
+    rows: Rows,
+    num_steps: Int[Array, ""] | np.ndarray | np.integer,
+) -> tuple[Drawn, Pools, Windows]:
     """The next tokens of every row: `num_steps` at most, fewer where all rows have ended."""
     steps, num_rows = program.max_steps, len(rows.token_B)
     table_BW, start_B = jnp.asarray(rows.table_BW), jnp.asarray(rows.position_B)
-    windows = tuple(gather(pool, table_BW, start_B) for pool in pools)
+    stale_B, num_stale = jnp.asarray(rows.stale_B), jnp.asarray(rows.num_stale)
+    windows = refill(pools, windows, table_BW, start_B, stale_B, num_stale)
 
     def unfinished(loop: Any) -> jax.Array:
         step, done_B = loop[0], loop[1]
@@ -167,10 +185,11 @@ def decode(
     *_, state, drawn = jax.lax.while_loop(unfinished, body, start)
     step_S = jnp.arange(steps)
     position_BS = jnp.where(step_S < drawn.count_B[:, None], start_B[:, None] + step_S, -1)
-    return drawn, tuple(
+    pools = tuple(
         scatter(pool, slots(window, position_BS), table_BW, position_BS)
         for pool, window in zip(pools, state.caches, strict=True)
     )
+    return drawn, pools, state.caches
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -189,6 +208,17 @@ def read(pools: Pools, block_W: Int[Array, "W"]) -> Pools:
 def write(pools: Pools, block_W: Int[Array, "W"], content: Pools) -> Pools:
     """Blocks with this content; what is no block is left out."""
     return jax.tree.map(lambda leaf, new: leaf.at[block_W].set(new, mode="drop"), pools, content)
+
+
+def columns(drawn: Drawn, column_B: Sequence[int]) -> Drawn:
+    """What was drawn for these rows, in host memory."""
+    of_S = np.asarray(column_B, np.int64)
+    return Drawn(
+        drawn.token_SB[:, of_S],
+        drawn.count_B[of_S],
+        drawn.finite_B[of_S],
+        jax.tree.map(lambda leaf: leaf[:, of_S], drawn.logprobs),
+    )
 
 
 def _scores(program: Program, params: Params, hidden_BD: jax.Array) -> jax.Array:
