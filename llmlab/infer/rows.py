@@ -30,13 +30,13 @@ Start = int | Sequence[int]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Rows:
-    """Some of the prompts, as a batch."""
+    """Some of the prompts, as a batch; arrays of numpy on the host, of jax inside programs."""
 
-    number_B: np.ndarray | jax.Array
+    number_B: Any
     """Which prompt each row is; a copy has the number of its original."""
-    token_BS: np.ndarray | jax.Array
+    token_BS: Any
     """What is continued, padded on the right."""
-    length_B: np.ndarray | jax.Array
+    length_B: Any
     """How many of its tokens are real."""
     inputs: Inputs | None
     """What the model is given besides, for `Steps.prefill`."""

@@ -76,3 +76,8 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     """Over the last dimension, float64."""
     logits = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
     return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+
+
+def programs(function: Any) -> int:
+    """How many programs a jitted function has compiled."""
+    return function._cache_size()

@@ -14,7 +14,7 @@ from llmlab.infer.greedy import greedy
 from llmlab.infer.sampling import GREEDY, Sampling, SamplingRows
 from llmlab.infer.speculative import _checked, _run, accept, speculative
 from llmlab.nn.module import merge, split
-from tests.infer.random_models import log_softmax, randomised, tiny, whole
+from tests.infer.random_models import log_softmax, programs, randomised, tiny, whole
 
 PROMPTS = [[5, 9, 2, 7], [3], [11, 4, 6, 11, 4, 6, 13]]
 SAMPLES = 100_000
@@ -209,12 +209,12 @@ def test_a_row_does_not_depend_on_its_batch_and_values_do_not_compile_again():
         return speculative(model, draft, prompts, **options | changes).rows
 
     together = sampled(PROMPTS)
-    programs = _run._cache_size()
+    compiled = programs(_run)
     assert sampled(PROMPTS[:1])[0] == together[0]
     assert sampled(PROMPTS[:2]) == together[:2]
     other = sampled(PROMPTS, sampling=Sampling(seed=5), eos_id=3, max_new_tokens=11)
     assert other != together
-    assert _run._cache_size() == programs
+    assert programs(_run) == compiled
 
 
 def test_lookup_proposes_what_followed_the_last_tokens_before():
