@@ -11,7 +11,7 @@ from llmlab.infer.engine.request import Event, Handle
 from llmlab.infer.server.page import chat_page
 from tests.infer.server.browser import CHROMIUM, Browser
 from tests.infer.server.fake import FakeEngine, letters
-from tests.infer.server.serving import client_of, fake_client, running, service_of
+from tests.infer.server.serving import client_of, fake_client, running, service_of, until
 from tests.infer.server.test_completions import ids_of
 
 in_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
@@ -122,7 +122,7 @@ def test_the_stop_button_and_escape_end_an_answer_at_the_engine(browser: Browser
             browser.wait(f"{ANSWERED} === {number}")
             assert browser.value("document.getElementById('stop').hidden")
             assert "stopped" in browser.value("[...document.querySelectorAll('.note')].at(-1).textContent")
-        assert len(engine.cancelled) == 2
+        until(lambda: len(engine.cancelled) == 2)
         assert browser.said == []
 
 

@@ -46,8 +46,8 @@ def test_a_client_that_leaves_frees_what_its_request_held(stream: bool) -> None:
         connection.close()
         until(lambda: engine.unfinished == 0 and service.gate.inside == 0)
         assert engine.cancelled == engine.handles
-        text = service.metrics.text().decode()
-        assert 'llmlab_requests_total{endpoint="/v1/completions",status="499"} 1.0' in text
+        line = b'llmlab_requests_total{endpoint="/v1/completions",status="499"} 1.0'
+        until(lambda: line in service.metrics.text())
 
 
 def test_a_client_that_leaves_does_not_disturb_another() -> None:
@@ -93,7 +93,7 @@ def test_a_server_that_stops_finishes_what_is_under_way_and_takes_nothing_new() 
 
 
 def test_what_is_not_done_when_grace_is_over_is_told_and_cancelled() -> None:
-    engine = FakeEngine(seconds=SLOW)
+    engine = FakeEngine(seconds=0.2)  # a text of 120 tokens takes 12 s
     with running(service_of(engine, grace_seconds=0.1)) as (url, server, thread):
         whole = opened(url, {"prompt": "a", "max_tokens": 120})
         streamed = opened(url, {"prompt": "b", "max_tokens": 120, "stream": True})
@@ -107,7 +107,7 @@ def test_what_is_not_done_when_grace_is_over_is_told_and_cancelled() -> None:
             events = streamed.getresponse().read().decode().split("\n\n")
         assert json.loads(events[-2].removeprefix("data: "))["error"]["code"] == "shutting_down"
         thread.join(10)
-        assert time.monotonic() - start < 1.0  # the texts would have taken longer
+        assert time.monotonic() - start < 6
     until(lambda: engine.unfinished == 0)
 
 
