@@ -16,6 +16,7 @@ followed; a state that forgets (a sliding window, sums) must be told how far tha
 """
 
 import abc
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -66,6 +67,13 @@ class Steps(abc.ABC):
     """Structure of the model."""
     config: Any
     """Config of the model."""
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash((type(self), self.graphdef, self.config))
+
+    def __hash__(self) -> int:
+        return self._hash  # asked for at every call of a compiled program, and 0.06 ms for each layer
 
     @property
     def max_length(self) -> int | None:

@@ -1,4 +1,4 @@
-"""A model out of its stacks computes the same, is made once, and follows the arrays of the model that it was made of."""
+"""A model out of its stacks computes the same, is made once, and follows the arrays that it was made of."""
 
 import dataclasses
 import gc
