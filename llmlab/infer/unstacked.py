@@ -18,7 +18,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from llmlab.nn.module import Params, merge, split
+from llmlab.nn.module import Params, merge, split, unstack_axes
 from llmlab.nn.stack import Stack
 
 
@@ -77,6 +77,12 @@ def _taken_apart(model: Any) -> Any:
     """The model, with all layers of every stack as what they are beyond its last whole repeat."""
     for stack in _stacks(model):
         params = [nnx.split(block)[1] for block in stack.blocks]
-        layers = [*stack.repeats.layers(params), *stack.remainder]
-        stack.blocks, stack.remainder = nnx.List([]), nnx.List(layers)
+        layers = [_alone(layer) for layer in stack.repeats.layers(params)]
+        stack.blocks, stack.remainder = nnx.List([]), nnx.List([*layers, *stack.remainder])
     return model
+
+
+def _alone(layer: nnx.Module) -> nnx.Module:
+    """A layer out of a stack, whose parameters say so."""
+    graphdef, state = nnx.split(layer)
+    return nnx.merge(graphdef, unstack_axes(state))
