@@ -13,8 +13,8 @@ from llmlab.nn.module import Params, logical_axes, merge
 from llmlab.sharding import Mesh, activate
 from tests.infer.test_cached import CASES, decoded, prepared
 
-# What the layers of a family keep: kind, and the share (rows, heads, slots, width) of a device of 2 x 2. Four rows, so two of them, and half of the
-# heads (two key/value heads of Llama and Mistral, four heads of Performer and T5).
+# What the layers of a family keep: kind, and the share (rows, heads, slots, width) of a device of 2 x 2. Four rows, so
+# two of them, and half of the heads (two key/value heads of Llama and Mistral, four heads of Performer and T5).
 KEPT: dict[str, dict[type, list[tuple[int, ...]]]] = {
     "Llama": {Stored: [(2, 1, 8, 4), (2, 1, 8)]},  # int8, with scales
     "Mistral": {RollingCache: [(2, 1, 3, 4), (2, 1, 3, 4), (2, 3)]},
