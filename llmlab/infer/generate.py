@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array
@@ -61,6 +62,7 @@ def generate(
     start_id: int | None = None,
     stream: TextStream | None = None,
     max_rows: int = 64,
+    cache_dtype: jnp.dtype | type | None = None,
     deterministic: bool = False,
 ) -> list[Completion]:
     """Continue each prompt, or translate it, as the model does.
@@ -84,6 +86,7 @@ def generate(
         start_id: first token of an encoder-decoder's target; the model's own by default.
         stream: called with every new piece of text as it comes.
         max_rows: rows that are decoded together.
+        cache_dtype: storage of keys and values: float32, bfloat16 or int8; that of the parameters by default.
         deterministic: a row's numbers do not depend on the other rows to the last bit; see the module's docstring.
 
     Returns:
@@ -111,6 +114,7 @@ def generate(
         include_stop=include_stop,
         prompt_logprobs=prompt_logprobs,
         stream=stream,
+        cache_dtype=jax.tree.leaves(params)[0].dtype if cache_dtype is None else jnp.dtype(cache_dtype),
     )
     given = read_prompts(steps, tokenizer, every, inputs, start_id)
     call.check(given)
@@ -169,6 +173,7 @@ class _Call:
     include_stop: bool
     prompt_logprobs: bool
     stream: TextStream | None
+    cache_dtype: jnp.dtype
 
     @property
     def num_tokens(self) -> int:
@@ -288,7 +293,7 @@ class _Call:
             num_prompts=group.num_prompts,
             stop_ids=self.stop_ids,
             inputs=stacked([job.given for job in prompts], group.num_prompts, sum(group.shape.chunks), group.source),
-            dtype=jax.tree.leaves(self.params)[0].dtype,
+            dtype=self.cache_dtype,
             prompt_logprobs=(needs.logprobs or 0) if self.prompt_logprobs else None,
         )
 

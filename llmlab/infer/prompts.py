@@ -63,7 +63,7 @@ def _continued(steps: Steps, tokenizer: Tokenizer, prompt: Prompt, inputs: Mappi
     """Tokens that the model continues; a PaliGemma's text stands after its images and ends with a line break."""
     if not isinstance(steps, PaliGemmaSteps) or not isinstance(prompt, str):
         return start_tokens(tokenizer, prompt)
-    shape = np.shape(inputs.get("pixel_values"))
+    shape = np.shape(inputs.get("pixel_values", 0.0))
     num_images = shape[0] if len(shape) == 4 else len(shape) // 3
     places = [steps.config.image_token_id] * (num_images * steps.config.vision.length)
     return [*places, *start_tokens(tokenizer, prompt), *tokenizer.encode("\n")]
