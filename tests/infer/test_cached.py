@@ -68,6 +68,8 @@ class Case:
     """Prompts and what follows them."""
     lengths: tuple[int, int] = (5, 3)
     """Of the prompts."""
+    visible: tuple[int, int] | None = None
+    """How many of each prompt's tokens see each other; None for as many as it has, where that is so at all."""
     cut: int | None = 2
     """Column of the prompts at which one call ends and another begins."""
 
@@ -92,7 +94,8 @@ class Case:
         if isinstance(self.config, xlnet.PermutationTransformer):
             return _left_to_right(model, self.ids)
         if isinstance(self.config, paligemma.PaliGemma):
-            suffix = (jnp.arange(self.ids.shape[1]) >= length_B1).astype(jnp.int32)
+            prefix_B1 = jnp.array(self.visible or self.lengths)[:, None]
+            suffix = (jnp.arange(self.ids.shape[1]) >= prefix_B1).astype(jnp.int32)
             return model(self.ids, PIXELS[:, 0], token_type_ids=suffix).logits
         if isinstance(self.config, VisualDecoder):
             # tokens after the prompt see what its last token sees
@@ -115,6 +118,8 @@ class Case:
         if isinstance(self.config, VisualDecoder):
             seen = jnp.take_along_axis(jnp.tile(SEEN, (2, 1, 1)), jnp.maximum(position_BS, 0)[..., None], axis=1)
             return {"image_attention_mask": seen, **twice} if first else {"image_attention_mask": seen}
+        if self.visible is not None:
+            twice["token_type_ids"] = (position_BS >= jnp.tile(jnp.array(self.visible), 2)[:, None]).astype(jnp.int32)
         return twice or None if first else None
 
 
@@ -134,6 +139,17 @@ def _tower(make: Any, **more: Any) -> Any:
 LOCAL = LocalAttention(num_heads=4, chunk=2)
 _reformer: dict[str, Any] = {"embed_dim": 16, "hidden_dim": 24, "vocab_size": VOCAB, "position": Axial((4, 4), (4, 12))}
 _t5: dict[str, Any] = {**SIZES, "head_dim": 8, "hidden_dim": 24, "num_buckets": 8}
+PALIGEMMA = Case(
+    paligemma.PaliGemma(
+        vision=_tower(siglip.siglip, pooled=False),
+        text=gemma.gemma(**GROUPED, head_dim=8),
+        image_token_id=IMAGE,
+    ),
+    {"pixel_values": PIXELS[:, 0]},
+    ((*[IMAGE] * 4, 5, 9, 2, 7, 1, 3), (*[IMAGE] * 4, 3, 1, 8, 8, 4, 2)),
+    lengths=(7, 5),
+    cut=None,  # image and prompt see each other
+)
 CASES: dict[str, Case] = {
     "GPT-2": Case(gpt2.gpt2(**SIZES, max_length=16)),
     "Llama": Case(llama.llama(**GROUPED)),
@@ -168,17 +184,8 @@ CASES: dict[str, Case] = {
     "mT5": Case(t5.t5(**_t5, gated=True, scaled=False), SOURCE),
     "BART": Case(bart.bart(**SIZES, max_length=16), SOURCE),
     "mBART": Case(mbart.mbart(**SIZES, max_length=16), SOURCE),
-    "PaliGemma": Case(
-        paligemma.PaliGemma(
-            vision=_tower(siglip.siglip, pooled=False),
-            text=gemma.gemma(**GROUPED, head_dim=8),
-            image_token_id=IMAGE,
-        ),
-        {"pixel_values": PIXELS[:, 0]},
-        ((*[IMAGE] * 4, 5, 9, 2, 7, 1, 3), (*[IMAGE] * 4, 3, 1, 8, 8, 4, 2)),
-        lengths=(7, 5),
-        cut=None,  # image and prompt see each other
-    ),
+    "PaliGemma": PALIGEMMA,
+    "PaliGemma, an answer begun": replace(PALIGEMMA, visible=(6, 4)),
     "Flamingo": Case(
         flamingo.flamingo(
             **SIZES,
