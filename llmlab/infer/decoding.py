@@ -8,8 +8,9 @@
 Python only sees a token after the loop has given it back, a handful of steps at a time.
 
 Shapes are static and few: the number of rows is a power of two, prompts are right-padded to a power of two (or to full
-chunks and a power of two), caches have room for a power of two of positions. So a program is compiled once for each
-pair of such buckets, however many prompts follow; what requests ask for is data (see `llmlab.infer.sampling`).
+chunks and a power of two), caches have room for one of four lengths from each power of two to the next. So a program is
+compiled once for each pair of such buckets, however many prompts follow; what requests ask for is data (see
+`llmlab.infer.sampling`).
 
 A row that has ended stays in its place: the loop goes on writing its last position again and again, which nobody looks
 at. Rows that fill up a batch have ended from the beginning.
@@ -41,6 +42,14 @@ def bucket(length: int, limit: int | None, smallest: int = _SMALLEST_BUCKET) -> 
     return size if limit is None else min(size, limit)
 
 
+def room(length: int, limit: int | None) -> int:
+    """The static length of caches that hold `length` positions: four for each doubling, not one, for every step reads
+    them to their end."""
+    step = max(_SMALLEST_BUCKET // 2, bucket(length, None) // 8)
+    size = max(_SMALLEST_BUCKET, -(-length // step) * step)
+    return size if limit is None else min(size, limit)
+
+
 def chunks(length: int, limit: int | None) -> tuple[int, ...]:
     """Lengths of the pieces that a prompt is given in: whole chunks, and a bucket for what is left."""
     if length == 1:  # nothing but a token to start from, as of every encoder-decoder
@@ -65,7 +74,7 @@ class Shape:
     def of(cls, prompt: int, new: int, limit: int | None, *, whole: bool = False) -> "Shape":
         """For prompts of at most `prompt` tokens, given at once or in chunks, and at most `new` more."""
         pieces = (bucket(prompt, limit),) if whole else chunks(prompt, limit)
-        return cls(pieces, bucket(max(prompt + new, sum(pieces)), limit))
+        return cls(pieces, room(max(prompt + new, sum(pieces)), limit))
 
 
 @dataclass(frozen=True)

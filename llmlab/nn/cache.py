@@ -90,12 +90,10 @@ class Stored:
 
     def put(self, slot_BS: Int[Array, "B S"], new: "Stored") -> "Stored":
         """With these slots of every row replaced; a slot beyond the last is none."""
-        row_B1 = jnp.arange(slot_BS.shape[0])[:, None]
-
-        def written(old: jax.Array, fresh: jax.Array) -> jax.Array:
-            return old.at[row_B1, :, slot_BS].set(fresh.swapaxes(1, 2), mode="drop")
-
-        return jax.tree.map(written, self, new)._placed()
+        rows, heads = self.data_BKTH.shape[:2]
+        # Every head by its own index: of a single update XLA on CPU makes one that is not done in place.
+        at = jnp.arange(rows)[:, None, None], jnp.arange(heads)[:, None], slot_BS[:, None]
+        return jax.tree.map(lambda old, fresh: old.at[at].set(fresh, mode="drop"), self, new)._placed()
 
     def then(self, other: "Stored") -> "Stored":
         """These slots, and after them the other's."""

@@ -13,7 +13,7 @@ from flax import nnx
 
 from llmlab.infer import decoding
 from llmlab.infer.constraints import JsonSchema, Regex
-from llmlab.infer.decoding import Batch, chunks
+from llmlab.infer.decoding import Batch, chunks, room
 from llmlab.infer.generate import Completion, generate
 from llmlab.infer.greedy import greedy
 from llmlab.infer.sampling import GREEDY, Sampling
@@ -271,3 +271,11 @@ def test_a_model_that_sees_images_writes_what_the_whole_model_scores_highest(kin
         best = jnp.argmax(logits[len(given) - 1 : len(given) - 1 + new], axis=-1).tolist()
         assert list(completion.token_ids) == best[: len(completion.token_ids)]
         assert len(completion.token_ids) == new or completion.finish_reason == "stop"
+
+
+def test_caches_have_little_more_room_than_they_need() -> None:
+    for length in (1, 64, 65, 100, 192, 193, 1000, 4097):
+        size = room(length, None)
+        assert length <= size <= max(64, 1.25 * length + 32)
+        assert room(length, 50) == min(50, size)
+    assert len({room(length, None) for length in range(1025, 2049)}) == 4

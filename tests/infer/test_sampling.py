@@ -279,3 +279,14 @@ def test_meaningless_settings_are_refused(wrong, words):
 def test_tokens_beyond_the_vocabulary_are_refused(sampling, words):
     with pytest.raises(ValueError, match=words):
         check_vocabulary(sampling, VOCAB)
+
+
+@pytest.mark.parametrize("num_scores", [1, 17, 64, 200])
+def test_greedy_takes_the_first_of_the_largest_scores(num_scores: int) -> None:
+    rng = np.random.default_rng(num_scores)
+    scores_BV = rng.integers(-3, 3, (40, num_scores)).astype(np.float32)  # many are equal
+    scores_BV[0], scores_BV[1] = -np.inf, 0.0
+    greedy = [Sampling(temperature=0)] * 40
+    rows = SamplingRows.of(greedy, starts=[1] * 40, lasts=[9] * 40)
+    token_B = choose(jnp.asarray(scores_BV), rows, Needs.of(greedy), jnp.ones(40, jnp.int32)).token_B
+    np.testing.assert_array_equal(token_B, scores_BV.argmax(axis=1))
