@@ -15,13 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from llmlab.infer.cache import new_cache
 from llmlab.infer.sampling import Sampling, sample
+from llmlab.infer.steps import State, Steps, prepare
 from llmlab.models.decoder import DecoderModel
-from llmlab.nn.config import Cache
-from llmlab.nn.module import Params, merge, split
+from llmlab.nn.module import Params
 from llmlab.tokenizers import StreamDecoder, Tokenizer
 
 _SMALLEST_BUCKET = 64
@@ -144,7 +142,7 @@ def generate_ids(
     `num_tokens` are drawn: a model's vocabulary is rounded up, and its last rows are no tokens.
     """
     sampling = sampling or Sampling()
-    graphdef, params = split(model)
+    steps, params = prepare(model)
     lengths = np.array([len(row) for row in prompts], np.int32)
     longest = int(lengths.max())
     prompt_bucket = bucket(longest, model.config.max_length)
@@ -152,14 +150,14 @@ def generate_ids(
     input_ids = np.zeros((len(prompts), prompt_bucket), np.int32)
     for row, ids in enumerate(prompts):
         input_ids[row, : len(ids)] = ids
-    cache = new_cache(model.config, len(prompts), cache_length, jax.tree.leaves(params)[0].dtype)
+    state = steps.new_state(len(prompts), cache_length, jax.tree.leaves(params)[0].dtype)
     # The compiled programs take the key as an argument: another seed does not compile again.
     key, rule = jax.random.key(sampling.seed), replace(sampling, seed=0)
-    tokens_B, cache = _prefill(graphdef, rule, num_tokens, params, cache, input_ids, lengths, key)
+    tokens_B, state = _prefill(steps, rule, num_tokens, params, state, input_ids, lengths, key)
     yield np.asarray(tokens_B)
     position_B, remaining = lengths, max_new_tokens - 1
     while remaining > 0:
-        tokens_SB, cache = _decode(graphdef, rule, num_tokens, params, cache, tokens_B, position_B, key)
+        tokens_SB, state = _decode(steps, rule, num_tokens, params, state, tokens_B, position_B, key)
         tokens_B, position_B = tokens_SB[-1], position_B + _STEPS_PER_CALL
         yield from np.asarray(tokens_SB)[:remaining]
         remaining -= _STEPS_PER_CALL
@@ -173,45 +171,43 @@ def bucket(length: int, limit: int | None) -> int:
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
 def _prefill(
-    graphdef: nnx.GraphDef,
+    steps: Steps,
     sampling: Sampling,
     num_tokens: int | None,
     params: Params,
-    cache: Sequence[Cache],
+    state: State,
     input_ids: jax.Array,
     length_B: jax.Array,
     key: jax.Array,
-) -> tuple[jax.Array, Any]:
-    """First new token of every row, and the caches with the prompts in them."""
-    model: DecoderModel = merge(graphdef, params)
-    hidden = model.hidden_states(input_ids, cache=cache)
-    last_BD = jnp.take_along_axis(hidden.states, (length_B - 1)[:, None, None], axis=1)[:, 0]
-    return sample(
-        model.project(last_BD)[:, :num_tokens], sampling, key, jnp.arange(len(length_B)), length_B
-    ), hidden.cache
+) -> tuple[jax.Array, State]:
+    """First new token of every row, and the state with the prompts in it."""
+    position_BS = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
+    hidden_BSD, state = steps.prefill(params, state, input_ids, position_BS)
+    last_BD = jnp.take_along_axis(hidden_BSD, (length_B - 1)[:, None, None], axis=1)[:, 0]
+    logits_BV = steps.project(params, last_BD)[:, :num_tokens]
+    return sample(logits_BV, sampling, key, jnp.arange(len(length_B)), length_B), state
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
 def _decode(
-    graphdef: nnx.GraphDef,
+    steps: Steps,
     sampling: Sampling,
     num_tokens: int | None,
     params: Params,
-    cache: Sequence[Cache],
+    state: State,
     tokens_B: jax.Array,
     position_B: jax.Array,
     key: jax.Array,
-) -> tuple[jax.Array, Any]:
+) -> tuple[jax.Array, State]:
     """The next tokens (steps, rows) of every row, given the last one and its position."""
-    model: DecoderModel = merge(graphdef, params)
     rows_B = jnp.arange(len(tokens_B))
 
     def step(carry: Any, _: None) -> tuple[Any, jax.Array]:
-        tokens_B, position_B, cache = carry
-        hidden = model.hidden_states(tokens_B[:, None], position_ids=position_B[:, None], cache=cache)
-        logits_BV = model.project(hidden.states[:, 0])[:, :num_tokens]
+        tokens_B, position_B, state = carry
+        hidden_BSD, state = steps.step(params, state, tokens_B[:, None], position_B[:, None])
+        logits_BV = steps.project(params, hidden_BSD[:, 0])[:, :num_tokens]
         tokens_B = sample(logits_BV, sampling, key, rows_B, position_B + 1)
-        return (tokens_B, position_B + 1, hidden.cache), tokens_B
+        return (tokens_B, position_B + 1, state), tokens_B
 
-    (_, _, cache), tokens_SB = jax.lax.scan(step, (tokens_B, position_B, cache), length=_STEPS_PER_CALL)
-    return tokens_SB, cache
+    (_, _, state), tokens_SB = jax.lax.scan(step, (tokens_B, position_B, state), length=_STEPS_PER_CALL)
+    return tokens_SB, state

@@ -19,11 +19,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from llmlab.infer.cache import new_decoder_cache
+from llmlab.infer.steps import State, Steps, prepare
 from llmlab.models.encoder_decoder import EncoderDecoderModel
-from llmlab.nn.module import Params, merge, split
+from llmlab.nn.module import Params
 
 _MULTIPLE = 16
 
@@ -54,7 +53,7 @@ def greedy(
     """
     starts = _starts(model, sources, start_ids)
     _check_lengths(model, sources, max_new_tokens)
-    graphdef, params = split(model)
+    steps, params = prepare(model)
     targets: list[list[int]] = [[] for _ in sources]
     by_length = sorted(range(len(sources)), key=lambda row: len(sources[row]))
     for first in range(0, len(sources), batch_size):
@@ -68,7 +67,7 @@ def greedy(
             mask[i, : len(sources[row])] = 1
             start_B[i] = starts[row]
         limits = (max_new_tokens, eos_id, num_tokens)
-        written = np.asarray(_decode(graphdef, limits, params, ids, mask, start_B, np.int32(len(rows))))
+        written = np.asarray(_decode(steps, limits, params, ids, mask, start_B, np.int32(len(rows))))
         for i, row in enumerate(rows):
             targets[row] = _until(written[i].tolist(), eos_id)
     return targets
@@ -111,7 +110,7 @@ def _until(tokens: list[int], eos_id: int | None) -> list[int]:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _decode(
-    graphdef: nnx.GraphDef,
+    steps: Steps,
     limits: tuple[int, int | None, int | None],
     params: Params,
     input_ids: jax.Array,
@@ -121,33 +120,32 @@ def _decode(
 ) -> jax.Array:
     """Targets (rows, max_new_tokens); what follows an end means nothing. Rows from `num_rows` on are not waited for."""
     length, eos_id, num_tokens = limits
-    model: EncoderDecoderModel = merge(graphdef, params)
-    batch, dtype = len(input_ids), jax.tree.leaves(params)[0].dtype
-    memory_BTD = model.encode(input_ids, attention_mask).states
-    memory_mask = model.memory_mask(attention_mask)
-    cache = new_decoder_cache(model.config, batch, length, input_ids.shape[1], dtype)
+    batch, source = len(input_ids), {"input_ids": input_ids, "attention_mask": attention_mask}
 
-    def next_token(token_B: jax.Array, position: Any, memory: jax.Array | None, cache: Any) -> tuple[jax.Array, Any]:
-        positions = jnp.full((batch, 1), position, jnp.int32)
-        hidden = model.decode(token_B[:, None], memory, memory_mask, decoder_position_ids=positions, cache=cache)
-        logits_BV = model.project(hidden.states[:, 0])[:, :num_tokens]
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32), hidden.cache
+    def positions(position: Any) -> jax.Array:
+        return jnp.full((batch, 1), position, jnp.int32)
+
+    def best(hidden_B1D: jax.Array) -> jax.Array:
+        return jnp.argmax(steps.project(params, hidden_B1D[:, 0])[:, :num_tokens], axis=-1).astype(jnp.int32)
 
     def ended(token_B: jax.Array) -> jax.Array:
         return token_B == (-1 if eos_id is None else eos_id)
 
-    token_B, cache = next_token(start_B, 0, memory_BTD, cache)
+    empty = steps.new_state(batch, length, jax.tree.leaves(params)[0].dtype, source)
+    hidden_B1D, state = steps.prefill(params, empty, start_B[:, None], positions(0), source)
+    token_B = best(hidden_B1D)
     written_BS = jnp.zeros((batch, length), jnp.int32).at[:, 0].set(token_B)
     done_B = ended(token_B) | (jnp.arange(batch) >= num_rows)
 
-    def unfinished(state: Any) -> jax.Array:
-        position, _, done_B, _, _ = state
+    def unfinished(carry: Any) -> jax.Array:
+        position, _, done_B, _, _ = carry
         return (position < length) & ~jnp.all(done_B)
 
-    def step(state: Any) -> Any:
-        position, token_B, done_B, written_BS, cache = state
-        token_B, cache = next_token(token_B, position, None, cache)
+    def step(carry: tuple[Any, jax.Array, jax.Array, jax.Array, State]) -> Any:
+        position, token_B, done_B, written_BS, state = carry
+        hidden_B1D, state = steps.step(params, state, token_B[:, None], positions(position))
+        token_B = best(hidden_B1D)
         written_BS = jax.lax.dynamic_update_slice(written_BS, token_B[:, None], (0, position))
-        return position + 1, token_B, done_B | ended(token_B), written_BS, cache
+        return position + 1, token_B, done_B | ended(token_B), written_BS, state
 
-    return jax.lax.while_loop(unfinished, step, (1, token_B, done_B, written_BS, cache))[3]
+    return jax.lax.while_loop(unfinished, step, (1, token_B, done_B, written_BS, state))[3]
