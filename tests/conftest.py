@@ -4,26 +4,19 @@ import gc
 import inspect
 import os
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 from jaxtyping import install_import_hook
 
+from tests.xla_flags import FAST
+
 REPOSITORY = Path(__file__).parent.parent
 
 # Before jax is imported: it reads these once. Subprocesses of tests inherit them.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-_FLAGS = {
-    "xla_force_host_platform_device_count": "8",
-    # Tests compile hundreds of small programs and run each a few times: without optimisation they compile three times
-    # as fast. What is computed is the same, and equal to its reference within the same tolerances. Tests that measure
-    # time or memory compile with it (tests/optimised.py).
-    "xla_backend_optimization_level": "0",
-}
-if version("jaxlib").startswith("0.10."):  # later ones do not know the flag, and XLA aborts over what it does not know
-    _FLAGS["xla_cpu_use_fusion_emitters"] = "false"
+_FLAGS = {"xla_force_host_platform_device_count": "8", **FAST}
 _given = os.environ.get("XLA_FLAGS", "")
 os.environ["XLA_FLAGS"] = " ".join(
     [*_given.split(), *(f"--{name}={value}" for name, value in _FLAGS.items() if f"--{name}" not in _given)]
