@@ -100,20 +100,48 @@ class Row:
         """Take the next token, unless the row has ended; `logprobs` are its own, without leading dimensions."""
         if self.reason:
             return
-        if token in self.limits.stop_ids:
-            self.reason, self.stop = "stop", token
-        else:
-            self._append(token, logprobs)
+        if self._note(token, logprobs):
+            self._show(self._text.push(token))
+            self._look()
         if self.reason:
             self._show(self._text.finish())
 
-    def _append(self, token: int, logprobs: Logprobs | None) -> None:
+    def extend(self, tokens: Sequence[int], logprobs: Callable[[int], Logprobs | None]) -> int:
+        """Take the next tokens, up to the one that ends the row; how many were taken, that one included.
+
+        Where neither a stop string nor a constraint can end it, spelling them all costs what spelling one does.
+        `logprobs` are those of a token, by its number.
+        """
+        taken, unseen = 0, []
+        one_by_one = self._text.may_stop or self.matcher is not None
+        while taken < len(tokens) and not self.reason:
+            token = tokens[taken]
+            if one_by_one:
+                self.push(token, logprobs(taken))
+            elif self._note(token, logprobs(taken)):
+                unseen.append(token)
+                self._look()
+            taken += 1
+        if not one_by_one:
+            self._show(self._text.extend(unseen))
+            if self.reason:
+                self._show(self._text.finish())
+        return taken
+
+    def _note(self, token: int, logprobs: Logprobs | None) -> bool:
+        """Whether a token belongs to the row; it is written down."""
+        if token in self.limits.stop_ids:
+            self.reason, self.stop = "stop", token
+            return False
         self.tokens.append(token)
         if self.logprobs is not None and self._top is not None and logprobs is not None:
             self.logprobs.append(token_logprob(token, logprobs, self._top))
-        self._show(self._text.push(token))
         if self.matcher is not None:
             self.matcher.accept(token)
+        return True
+
+    def _look(self) -> None:
+        """Whether the row has ended with its last token."""
         if self._text.stopped is not None:
             self.reason, self.stop = "stop", self._text.stopped
         elif self.matcher is not None and self.matcher.ended:

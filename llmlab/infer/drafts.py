@@ -8,15 +8,15 @@ distributions that they were drawn from: acceptance is exact only with the draft
 """
 
 import abc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from llmlab.infer.rows import Rows
-from llmlab.infer.sampling import Sampling, filtered_logits
+from llmlab.infer.sampling import Counts, Needs, SamplingRows, processed_logits
 from llmlab.infer.steps import Steps
 from llmlab.nn.module import Params
 
@@ -50,6 +50,45 @@ class Proposal:
     """The distribution that each was drawn from; zeros where there is no proposal."""
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Drawing:
+    """How the rows of a batch draw their tokens, at the place that they have come to."""
+
+    rows: SamplingRows
+    counts: Counts | None
+    """Tokens so far, where some row has a penalty."""
+
+    def distribution(
+        self, logits_BV: Float[Array, "B V"], needs: Needs, position_B: Int[Array, "B"]
+    ) -> Float[Array, "B V"]:
+        """What the token of this position is drawn from; where a row is greedy, all mass is on one token."""
+        return jax.nn.softmax(processed_logits(logits_BV, self.rows, needs, position_B, self.counts), axis=-1)
+
+    def draw(self, p_BV: Float[Array, "B V"], position_B: Int[Array, "B"], purpose: int) -> Int[Array, "B"]:
+        """A token for each row's position."""
+
+        def one(p_V: jax.Array, key: jax.Array) -> jax.Array:
+            return jax.random.categorical(key, jnp.log(p_V)).astype(jnp.int32)
+
+        return jax.vmap(one)(p_BV, self.keys(position_B, purpose))
+
+    def keys(self, position_B: Int[Array, "B"], purpose: int) -> jax.Array:
+        """Random key of a position of each row, for one purpose."""
+
+        def one(seed_2: jax.Array, sample: jax.Array, position: jax.Array) -> jax.Array:
+            key = jax.random.wrap_key_data(seed_2, impl="threefry2x32")  # what jax.random.key makes of a seed
+            for number in (sample, position, purpose):
+                key = jax.random.fold_in(key, number)
+            return key
+
+        return jax.vmap(one)(jnp.asarray(self.rows.seed_B2), jnp.asarray(self.rows.sample_B), position_B)
+
+    def after(self, token_B: Int[Array, "B"], written_B: Bool[Array, "B"] | None = None) -> "Drawing":
+        """One token further, in the rows where `written_B` is true."""
+        return self if self.counts is None else replace(self, counts=self.counts.add(token_B, written_B))
+
+
 class Drafter(abc.ABC):
     """See the module's docstring."""
 
@@ -59,7 +98,7 @@ class Drafter(abc.ABC):
 
     @abc.abstractmethod
     def propose(
-        self, params: Params, state: Any, text_BT: Int[Array, "B T"], length_B: Int[Array, "B"], key_B: jax.Array
+        self, params: Params, state: Any, text_BT: Int[Array, "B T"], length_B: Int[Array, "B"], drawing: "Drawing"
     ) -> tuple[Proposal, Any]:
         """Tokens that may follow.
 
@@ -68,7 +107,7 @@ class Drafter(abc.ABC):
             state: from `start`, or the last call.
             text_BT: prompts and new tokens.
             length_B: how many there are in each row, two at least.
-            key_B: random key of each row.
+            drawing: how each row draws the token after its last.
         """
 
 
@@ -78,30 +117,30 @@ class ModelDrafter(Drafter):
 
     steps: Steps
     num_drafted: int
-    sampling: Sampling
+    needs: Needs
     num_tokens: int
 
     def start(self, params: Params, rows: Rows, length: int) -> Any:
         dtype = jax.tree.leaves(params)[0].dtype
-        state = self.steps.new_state(len(rows.token_BS), length, dtype, rows.inputs)
+        state = self.steps.new_state(len(rows.token_BS), length, dtype, rows.inputs, rewind=self.num_drafted)
         return self.steps.prefill(params, state, jnp.asarray(rows.token_BS), rows.position_BS, rows.inputs)[1]
 
     def propose(
-        self, params: Params, state: Any, text_BT: Int[Array, "B T"], length_B: Int[Array, "B"], key_B: jax.Array
+        self, params: Params, state: Any, text_BT: Int[Array, "B T"], length_B: Int[Array, "B"], drawing: "Drawing"
     ) -> tuple[Proposal, Any]:
         # Of what was written last, the draft has seen all but the last token; where all its proposals were accepted,
         # all but the last two. Two are run again in either case.
         position_B2 = length_B[:, None] + jnp.array([-2, -1])
         token_B2 = jnp.take_along_axis(text_BT, position_B2, axis=1)
-        first, state = self._next(params, state, token_B2, position_B2, key_B)
+        first, state, drawing = self._next(params, state, token_B2, position_B2, drawing)
 
         def step(carry: Any, _: None) -> Any:
-            token_B, position_B, state = carry
-            drawn, state = self._next(params, state, token_B[:, None], position_B[:, None], key_B)
-            return (drawn[0], position_B + 1, state), drawn
+            token_B, position_B, state, drawing = carry
+            drawn, state, drawing = self._next(params, state, token_B[:, None], position_B[:, None], drawing)
+            return (drawn[0], position_B + 1, state, drawing), drawn
 
-        carry = (first[0], length_B, state)
-        (_, _, state), rest = jax.lax.scan(step, carry, length=self.num_drafted - 1)
+        carry = (first[0], length_B, state, drawing)
+        (_, _, state, _), rest = jax.lax.scan(step, carry, length=self.num_drafted - 1)
         token_BP, q_BPV = (
             jnp.concatenate([one[:, None], jnp.moveaxis(more, 0, 1)], axis=1)
             for one, more in zip(first, rest, strict=True)
@@ -109,13 +148,15 @@ class ModelDrafter(Drafter):
         return Proposal(token_BP, jnp.full_like(length_B, self.num_drafted), q_BPV), state
 
     def _next(
-        self, params: Params, state: Any, token_BS: jax.Array, position_BS: jax.Array, key_B: jax.Array
-    ) -> tuple[tuple[jax.Array, jax.Array], Any]:
+        self, params: Params, state: Any, token_BS: jax.Array, position_BS: jax.Array, drawing: Drawing
+    ) -> tuple[tuple[jax.Array, jax.Array], Any, Drawing]:
         """The token after these, and its distribution."""
-        hidden_BSD, state = self.steps.step(params, state, token_BS, clipped(self.steps, position_BS))
+        hidden_BSD, state = self.steps.step(params, state, token_BS, within(self.steps, position_BS))
         logits_BV = self.steps.project(params, hidden_BSD[:, -1])[:, : self.num_tokens]
-        q_BV = distribution(logits_BV, self.sampling)
-        return (draw(q_BV, key_B, position_BS[:, -1] + 1, DRAFT), q_BV), state
+        position_B = position_BS[:, -1] + 1
+        q_BV = drawing.distribution(logits_BV, self.needs, position_B)
+        token_B = drawing.draw(q_BV, position_B, DRAFT)
+        return (token_B, q_BV), state, drawing.after(token_B)
 
 
 @dataclass(frozen=True)
@@ -136,7 +177,7 @@ class LookupDrafter(Drafter):
         return jnp.where(jnp.asarray(rows.inputs["attention_mask"]) != 0, rows.inputs["input_ids"], -1)
 
     def propose(
-        self, params: Params, state: Any, text_BT: Int[Array, "B T"], length_B: Int[Array, "B"], key_B: jax.Array
+        self, params: Params, state: Any, text_BT: Int[Array, "B T"], length_B: Int[Array, "B"], drawing: "Drawing"
     ) -> tuple[Proposal, Any]:
         both_BT = jnp.concatenate([state, text_BT], axis=1)
         end_B = length_B + state.shape[1]
@@ -165,27 +206,6 @@ class LookupDrafter(Drafter):
         return jnp.max(jnp.where(same_BT, place_T + size, -1), axis=1)
 
 
-def clipped(steps: Steps, position_BS: Int[Array, "B S"]) -> Int[Array, "B S"]:
-    """Positions that the model has: proposals may lie beyond the last one, where nothing is kept of them."""
-    return position_BS if steps.max_length is None else jnp.minimum(position_BS, steps.max_length - 1)
-
-
-def distribution(logits_BV: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
-    """What a token is drawn from; for greedy decoding all mass is on the best one."""
-    if sampling.temperature == 0:
-        return jax.nn.one_hot(jnp.argmax(logits_BV, axis=-1), logits_BV.shape[-1])
-    return jax.nn.softmax(filtered_logits(logits_BV, sampling), axis=-1)
-
-
-def draw(p_BV: Float[Array, "B V"], key_B: jax.Array, position_B: Int[Array, "B"], purpose: int) -> Int[Array, "B"]:
-    """A token for each row's position."""
-
-    def one(p_V: jax.Array, key: jax.Array, position: jax.Array) -> jax.Array:
-        return jax.random.categorical(place_key(key, position, purpose), jnp.log(p_V)).astype(jnp.int32)
-
-    return jax.vmap(one)(p_BV, key_B, position_B)
-
-
-def place_key(key: jax.Array, position: Int[Array, ""], purpose: int) -> jax.Array:
-    """Random key of one position of a row, for one purpose."""
-    return jax.random.fold_in(jax.random.fold_in(key, position), purpose)
+def within(steps: Steps, position_BS: Int[Array, "B S"]) -> Int[Array, "B S"]:
+    """Positions that the model has; -1, as of padding, for proposals beyond the last one, of which nothing is kept."""
+    return position_BS if steps.max_length is None else jnp.where(position_BS < steps.max_length, position_BS, -1)

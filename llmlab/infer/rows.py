@@ -11,11 +11,14 @@ program needs to know of it.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llmlab.infer import decoding
+from llmlab.infer.prompts import Given, stacked
 from llmlab.infer.steps import EncoderDecoderSteps, Inputs, Steps
 
 _SMALLEST = 16
@@ -27,21 +30,22 @@ Start = int | Sequence[int]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Rows:
-    """Some of the prompts, as a batch."""
+    """Some of the prompts, as a batch; arrays of numpy on the host, of jax inside programs."""
 
-    number_B: np.ndarray | jax.Array
+    number_B: Any
     """Which prompt each row is; a copy has the number of its original."""
-    token_BS: np.ndarray | jax.Array
+    token_BS: Any
     """What is continued, padded on the right."""
-    length_B: np.ndarray | jax.Array
+    length_B: Any
     """How many of its tokens are real."""
     inputs: Inputs | None
     """What the model is given besides, for `Steps.prefill`."""
 
     @property
     def position_BS(self) -> jax.Array:
-        """The position of every token."""
-        return jnp.broadcast_to(jnp.arange(self.token_BS.shape[1]), self.token_BS.shape)
+        """The position of every token; -1 for padding, which is remembered by no cache."""
+        place_S = jnp.arange(self.token_BS.shape[1])
+        return jnp.where(place_S < jnp.asarray(self.length_B)[:, None], place_S, -1)
 
 
 @dataclass(frozen=True)
@@ -82,25 +86,19 @@ def batches(
         raise ValueError(f"max_new_tokens={max_new_tokens} is not positive")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size={batch_size} is not positive; None takes all prompts at once")
-    encodes = isinstance(steps, EncoderDecoderSteps)
-    if start_ids is not None and not encodes:
-        raise ValueError("start_ids begin the targets of an encoder-decoder; a decoder continues its prompts")
-    continued = _starts(steps, len(prompts), start_ids) if encodes else prompts
+    given = _given(steps, prompts, start_ids, inputs)
     limit = min((n for n in (steps.max_length, max_length) if n is not None), default=None)
-    _check_lengths(limit, prompts, continued, max_new_tokens)
-    by_length = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
-    size = len(prompts) if batch_size is None else batch_size
-    for first in range(0, len(prompts), max(size, 1)):
+    _check_lengths(limit, given, max_new_tokens)
+    by_length = sorted(range(len(given)), key=lambda number: (len(given[number].source or ()), len(given[number].ids)))
+    size = len(given) if batch_size is None else batch_size
+    for first in range(0, len(given), max(size, 1)):
         numbers = by_length[first : first + size]
         numbers += [numbers[0]] * (size - len(numbers))
-        rest = {name: np.asarray(value)[numbers] for name, value in (inputs or {}).items()}
-        if encodes:
-            source_BT, length_B = padded([prompts[number] for number in numbers], limit)
-            # An empty source: attention must have something to see.
-            real_BT = np.arange(source_BT.shape[1]) < np.maximum(length_B, 1)[:, None]
-            rest = {"input_ids": source_BT, "attention_mask": real_BT, **rest}
-        token_BS, length_B = padded([continued[number] for number in numbers], limit)
-        yield Rows(np.array(numbers, np.int32), token_BS, length_B, rest or None)
+        some = [given[number] for number in numbers]
+        token_BS, length_B = padded([one.ids for one in some], limit)
+        source = 0 if some[0].source is None else bucket(max(len(one.source or ()) for one in some), limit)
+        rest = stacked(some, size, token_BS.shape[1], source)
+        yield Rows(np.array(numbers, np.int32), token_BS, length_B, rest)
 
 
 def padded(rows: Sequence[Sequence[int]], limit: int | None) -> tuple[np.ndarray, np.ndarray]:
@@ -114,8 +112,7 @@ def padded(rows: Sequence[Sequence[int]], limit: int | None) -> tuple[np.ndarray
 
 def bucket(length: int, limit: int | None = None) -> int:
     """The static length that `length` is padded to: 1, or a power of two from 16 on; at most `limit`."""
-    size = 1 if length == 1 else max(_SMALLEST, 1 << (length - 1).bit_length())
-    return size if limit is None else min(size, limit)
+    return 1 if length == 1 else decoding.bucket(length, limit, _SMALLEST)
 
 
 def chosen_tokens(num_tokens: int, ids: int | Sequence[int] | None, name: str) -> np.ndarray:
@@ -139,7 +136,7 @@ def vocabulary(steps: Steps, num_tokens: int | None) -> int:
     Raises:
         ValueError: the model has fewer.
     """
-    size = steps.config.vocab_size
+    size = steps.num_scores
     if num_tokens is not None and not 0 < num_tokens <= size:
         raise ValueError(f"num_tokens={num_tokens} is not in 1..{size}, the model's vocabulary")
     return num_tokens or size
@@ -151,6 +148,27 @@ def until_end(tokens: Sequence[int], end_V: np.ndarray) -> Written:
         if end_V[token]:
             return Written(tuple(tokens[:place]), "stop")
     return Written(tuple(tokens), "length")
+
+
+def _given(
+    steps: Steps, prompts: Sequence[Sequence[int]], start_ids: Sequence[Start] | None, inputs: Inputs | None
+) -> list[Given]:
+    """What the model is given for each prompt."""
+    if isinstance(steps, EncoderDecoderSteps):
+        if inputs:
+            raise ValueError(f"an encoder-decoder's source is the prompt; leave out inputs {', '.join(sorted(inputs))}")
+        starts = _starts(steps, len(prompts), start_ids)
+        return [Given(tuple(start), tuple(prompt)) for start, prompt in zip(starts, prompts, strict=True)]
+    if start_ids is not None:
+        raise ValueError("start_ids begin the targets of an encoder-decoder; a decoder continues its prompts")
+    rest: dict[str, Any] = dict(inputs or {})
+    for name, array in rest.items():
+        if len(array) != len(prompts):
+            raise ValueError(f"inputs: {name} has {len(array)} rows for {len(prompts)} prompts; give one for each")
+    return [
+        Given(tuple(prompt), inputs={name: array[number] for name, array in rest.items()} or None)
+        for number, prompt in enumerate(prompts)
+    ]
 
 
 def _starts(steps: Steps, count: int, start_ids: Sequence[Start] | None) -> Sequence[Sequence[int]]:
@@ -167,17 +185,15 @@ def _starts(steps: Steps, count: int, start_ids: Sequence[Start] | None) -> Sequ
     return [[start] if isinstance(start, int) else list(start) for start in start_ids]
 
 
-def _check_lengths(
-    limit: int | None, prompts: Sequence[Sequence[int]], continued: Sequence[Sequence[int]], max_new_tokens: int
-) -> None:
-    empty = next((number for number, row in enumerate(continued) if not row), None)
+def _check_lengths(limit: int | None, given: Sequence[Given], max_new_tokens: int) -> None:
+    empty = next((number for number, one in enumerate(given) if not one.ids), None)
     if empty is not None:
         raise ValueError(f"prompt {empty} has no tokens; begin it with the tokenizer's bos or eos token")
-    longest = max((len(row) for row in prompts), default=0)
+    source = max((len(one.source or ()) for one in given), default=0)
+    longest = max((len(one.ids) for one in given), default=0)
     # The last new token is not fed back.
-    needed = max((len(row) for row in continued), default=1) + max_new_tokens - 1
-    if limit is not None and max(longest, needed) > limit:
+    if limit is not None and max(source, longest + max_new_tokens - 1) > limit:
         raise ValueError(
-            f"the longest prompt has {longest} tokens, max_new_tokens={max_new_tokens}, and there are {limit} "
-            "positions; shorten what is longer"
+            f"the longest prompt has {max(source, longest)} tokens, max_new_tokens={max_new_tokens}, and there are "
+            f"{limit} positions; shorten what is longer"
         )

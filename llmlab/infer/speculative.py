@@ -25,7 +25,7 @@ by the draws that were made for it, so that all draws that count are independent
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -38,18 +38,16 @@ from llmlab.infer.drafts import (
     ACCEPT,
     REPLACE,
     Drafter,
+    Drawing,
     LookupDrafter,
     ModelDrafter,
     PromptLookup,
     Proposal,
-    clipped,
-    distribution,
-    draw,
-    place_key,
+    within,
 )
 from llmlab.infer.rows import Rows, Start, Written, batches, bucket, chosen_tokens, until_end, vocabulary
-from llmlab.infer.sampling import Sampling
-from llmlab.infer.steps import Inputs, Steps, prepare
+from llmlab.infer.sampling import Counts, Needs, Sampling, SamplingRows, check_vocabulary
+from llmlab.infer.steps import DecoderSteps, Inputs, Steps, prepare
 from llmlab.nn.module import Params
 
 
@@ -96,7 +94,7 @@ def speculative(
     *,
     max_new_tokens: int,
     num_drafted: int = 4,
-    sampling: Sampling | None = None,
+    sampling: Sampling | Sequence[Sampling] | None = None,
     eos_id: int | Sequence[int] | None = None,
     num_tokens: int | None = None,
     start_ids: Sequence[Start] | None = None,
@@ -111,7 +109,8 @@ def speculative(
         prompts: tokens to continue; for an encoder-decoder, sources.
         max_new_tokens: longest result.
         num_drafted: tokens proposed in each step.
-        sampling: how tokens are drawn, from the draft too; the model's own distribution by default.
+        sampling: how tokens are drawn, from the draft too, for all prompts or one for each; the model's own
+            distribution by default. Equal prompts with equal seeds get equal tokens.
         eos_id: token or tokens that end a row; None writes to the full length.
         num_tokens: only ids below are written: a model's vocabulary is rounded up, and its last rows are no tokens.
         start_ids: for an encoder-decoder, what each target begins with; None for the model's own start token.
@@ -119,17 +118,18 @@ def speculative(
         batch_size: prompts that are decoded together, those of about one length; None for all.
 
     Raises:
-        ValueError: the draft does not fit the model, or a row does not fit the positions of either.
+        ValueError: the draft does not fit the model, or a row does not fit the positions of either, or sampling names
+            what there is not.
     """
     if num_drafted < 1:
         raise ValueError(f"num_drafted={num_drafted} is not positive; 4 is usual, and without a draft use generate")
-    sampling = sampling or Sampling()
     steps, params = prepare(model)
     num_tokens = vocabulary(steps, num_tokens)
-    drafter, draft_params = _drafter(draft, steps, num_drafted, sampling, num_tokens)
-    form = _Form(steps, drafter, replace(sampling, seed=0), num_drafted, bucket(max_new_tokens))
+    samplings = _samplings(sampling, len(prompts), num_tokens)
+    needs = Needs.of(samplings)
+    drafter, draft_params = _drafter(draft, steps, num_drafted, needs, num_tokens)
+    form = _Form(steps, drafter, needs, num_drafted, bucket(max_new_tokens))
     end_V = chosen_tokens(num_tokens, eos_id, "eos_id")
-    key = jax.random.key(sampling.seed)
     written: dict[int, tuple[Written, np.ndarray]] = {}
     for rows in batches(
         steps,
@@ -140,7 +140,8 @@ def speculative(
         batch_size=batch_size,
         max_length=drafter.steps.max_length if isinstance(drafter, ModelDrafter) else None,
     ):
-        text = _run(form, params, draft_params, rows, (max_new_tokens, end_V), key)
+        drawing = _drawing(rows, samplings, needs, max_new_tokens, num_tokens)
+        text = _run(form, params, draft_params, rows, drawing, (max_new_tokens, end_V))
         token_BT, length_B, counted_B = (np.asarray(part) for part in text)
         for row, number in enumerate(rows.number_B):
             tokens = token_BT[row, rows.length_B[row] : length_B[row]].tolist()
@@ -148,6 +149,29 @@ def speculative(
     total = sum((counts for _, counts in written.values()), np.zeros(5, np.int64))
     statistics = Statistics(*(int(count) for count in total))
     return Speculated(tuple(written[number][0] for number in range(len(prompts))), statistics)
+
+
+def _samplings(sampling: Sampling | Sequence[Sampling] | None, count: int, num_tokens: int) -> list[Sampling]:
+    """How each prompt is continued."""
+    sampling = sampling or Sampling()
+    every = [sampling] * count if isinstance(sampling, Sampling) else list(sampling)
+    if len(every) != count:
+        raise ValueError(f"sampling has {len(every)} values for {count} prompts; give one for all, or one for each")
+    for one in set(every):
+        check_vocabulary(one, num_tokens)
+        if one.logprobs is not None:
+            raise ValueError(f"logprobs={one.logprobs}: speculation reports no log-probabilities; use generate")
+    return every
+
+
+def _drawing(rows: Rows, samplings: Sequence[Sampling], needs: Needs, max_new_tokens: int, num_tokens: int) -> Drawing:
+    """How the rows of a batch draw, at their first new token."""
+    start_B = np.asarray(rows.length_B)
+    some = [samplings[number] for number in rows.number_B]
+    lasts = (start_B + max_new_tokens - 1).tolist()
+    texts = [tokens[:length] for tokens, length in zip(np.asarray(rows.token_BS).tolist(), start_B, strict=True)]
+    counts = Counts.of(texts, num_tokens) if needs.counts else None
+    return Drawing(SamplingRows.of(some, starts=start_B.tolist(), lasts=lasts), counts)
 
 
 def accept(
@@ -183,14 +207,14 @@ class _Form:
 
     steps: Steps
     drafter: Drafter
-    sampling: Sampling
+    needs: Needs
     num_drafted: int
     room: int
     """New tokens that there is room for."""
 
 
 def _drafter(
-    draft: nnx.Module | PromptLookup, steps: Steps, num_drafted: int, sampling: Sampling, num_tokens: int
+    draft: nnx.Module | PromptLookup, steps: Steps, num_drafted: int, needs: Needs, num_tokens: int
 ) -> tuple[Drafter, Params]:
     """The draft for compiled programs, and its parameters.
 
@@ -200,79 +224,97 @@ def _drafter(
     if isinstance(draft, PromptLookup):
         return LookupDrafter(draft, num_drafted, num_tokens), {}
     own, params = prepare(draft)
-    if type(own) is not type(steps):
+    if type(own) is not type(steps) and not (isinstance(own, DecoderSteps) and isinstance(steps, DecoderSteps)):
         raise ValueError(
-            f"the draft is a {type(own.config).__name__} and the model a {type(steps.config).__name__}: a draft is "
+            f"the draft is of {type(own.config).__name__} and the model of {type(steps.config).__name__}: a draft is "
             "given what the model is given; use one of the same kind"
         )
-    if own.config.vocab_size < num_tokens:
+    if own.num_scores < num_tokens:
         raise ValueError(
-            f"the draft has {own.config.vocab_size} tokens and the model writes {num_tokens}; use a draft of the same "
+            f"the draft has {own.num_scores} tokens and the model writes {num_tokens}; use a draft of the same "
             "vocabulary, or give num_tokens"
         )
-    return ModelDrafter(own, num_drafted, replace(sampling, seed=0), num_tokens), params
+    return ModelDrafter(own, num_drafted, needs, num_tokens), params
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _run(
-    form: _Form, params: Params, draft_params: Params, rows: Rows, limits: Any, key: jax.Array
+    form: _Form, params: Params, draft_params: Params, rows: Rows, drawing: Drawing, limits: Any
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Prompts and new tokens (rows, T); how many of them are real; steps, tokens, proposed, tested, accepted."""
-    rows, (max_new_tokens, end_V) = jax.tree.map(jnp.asarray, (rows, limits))
+    rows, drawing, (max_new_tokens, end_V) = jax.tree.map(jnp.asarray, (rows, drawing, limits))
     batch, given = rows.token_BS.shape
-    steps, row_B = form.steps, jnp.arange(batch)
-    # A step writes its proposals behind a row's end, whether they are kept or not.
-    length = given + form.room + form.num_drafted + 1
-    key_B = jax.vmap(lambda number: jax.random.fold_in(key, number))(rows.number_B)
-    state = steps.new_state(batch, length, jax.tree.leaves(params)[0].dtype, rows.inputs)
+    steps, row_B, length = form.steps, jnp.arange(batch), given + form.room
+    dtype = jax.tree.leaves(params)[0].dtype
+    state = steps.new_state(batch, length, dtype, rows.inputs, rewind=form.num_drafted)
     hidden_BSD, state = steps.prefill(params, state, rows.token_BS, rows.position_BS, rows.inputs)
     draft_state = form.drafter.start(draft_params, rows, length)
 
-    def probabilities(hidden_BSD: jax.Array) -> jax.Array:
-        logits_BSV = steps.project(params, hidden_BSD)[..., : len(end_V)]
-        p_RV = distribution(logits_BSV.reshape(-1, len(end_V)), form.sampling)
-        return p_RV.reshape(logits_BSV.shape)
-
     def step(carry: Any) -> Any:
-        text_BT, length_B, done_B, state, draft_state, counted_BC = carry
-        proposal, draft_state = form.drafter.propose(draft_params, draft_state, text_BT, length_B, key_B)
+        text_BT, length_B, done_B, state, draft_state, drawing, counted_BC = carry
+        proposal, draft_state = form.drafter.propose(draft_params, draft_state, text_BT, length_B, drawing)
         token_BQ = jnp.concatenate([text_BT[row_B, length_B - 1][:, None], proposal.token_BP], axis=1)
         place_BQ = length_B[:, None] + jnp.arange(form.num_drafted + 1)
-        hidden_BQD, state = steps.step(params, state, token_BQ, clipped(steps, place_BQ - 1))
-        accepted_B, token_BQ = _checked(probabilities(hidden_BQD), proposal, place_BQ, key_B)
+        hidden_BQD, state = steps.step(params, state, token_BQ, within(steps, place_BQ - 1))
+        logits_BQV = steps.project(params, hidden_BQD)[..., : len(end_V)]
+        p_BQV = _distributions(logits_BQV, proposal.token_BP, place_BQ, drawing, form.needs)
+        accepted_B, token_BQ = _checked(p_BQV, proposal, place_BQ, drawing)
         room_B = rows.length_B + max_new_tokens - length_B
         written_B, ended_B = _up_to_end(token_BQ, accepted_B + 1, room_B, end_V)
-        text_BT = jax.vmap(lambda text_T, new_Q, at: jax.lax.dynamic_update_slice(text_T, new_Q, (at,)))(
-            text_BT, token_BQ, length_B
-        )
         tested_B = jnp.minimum(accepted_B + 1, proposal.count_B)
         counts_BC = jnp.stack([jnp.ones_like(tested_B), written_B, proposal.count_B, tested_B, accepted_B], axis=1)
-        lives_B = ~done_B
-        length_B = length_B + jnp.where(lives_B, written_B, 0)
+        counted_BC = counted_BC + counts_BC * ~done_B[:, None]
+        # Behind a row's end stand proposals, kept or not; a row that is done stays where it is.
+        text_BT = text_BT.at[row_B[:, None], place_BQ].set(token_BQ, mode="drop")
+        written_B = jnp.where(done_B, 0, written_B)
+        for place in range(form.num_drafted + 1):
+            drawing = drawing.after(token_BQ[:, place], place < written_B)
+        length_B = length_B + written_B
         done_B = done_B | ended_B | (length_B >= rows.length_B + max_new_tokens)
-        return text_BT, length_B, done_B, state, draft_state, counted_BC + counts_BC * lives_B[:, None]
+        return text_BT, length_B, done_B, state, draft_state, drawing, counted_BC
 
-    first_B = draw(probabilities(hidden_BSD[row_B, rows.length_B - 1][:, None])[:, 0], key_B, rows.length_B, REPLACE)
-    text_BT = jnp.pad(rows.token_BS, ((0, 0), (0, length - given))).at[row_B, rows.length_B].set(first_B)
+    logits_BV = steps.project(params, hidden_BSD[row_B, rows.length_B - 1])[:, : len(end_V)]
+    p_BV = drawing.distribution(logits_BV, form.needs, rows.length_B)
+    first_B = drawing.draw(p_BV, rows.length_B, REPLACE)
+    text_BT = jnp.pad(rows.token_BS, ((0, 0), (0, form.room))).at[row_B, rows.length_B].set(first_B)
     done_B = end_V[first_B] | (max_new_tokens <= 1)
-    start = (text_BT, rows.length_B + 1, done_B, state, draft_state, jnp.zeros((batch, 5), jnp.int32))
-    text_BT, length_B, _, _, _, counted_BC = jax.lax.while_loop(lambda carry: ~jnp.all(carry[2]), step, start)
+    counted_BC = jnp.zeros((batch, 5), jnp.int32)
+    start = (text_BT, rows.length_B + 1, done_B, state, draft_state, drawing.after(first_B), counted_BC)
+    text_BT, length_B, *_, counted_BC = jax.lax.while_loop(lambda carry: ~jnp.all(carry[2]), step, start)
     return text_BT, length_B, counted_BC
 
 
+def _distributions(
+    logits_BQV: Float[Array, "B Q V"],
+    draft_BP: Int[Array, "B P"],
+    place_BQ: Int[Array, "B Q"],
+    drawing: Drawing,
+    needs: Needs,
+) -> Float[Array, "B Q V"]:
+    """What the model's own token at each place is drawn from, when all proposals before it are written."""
+
+    def one(drawing: Drawing, at: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[Drawing, jax.Array]:
+        logits_BV, place_B, proposed_B = at
+        return drawing.after(proposed_B), drawing.distribution(logits_BV, needs, place_B)
+
+    following_BQ = jnp.pad(draft_BP, ((0, 0), (0, 1)))
+    places_first = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), (logits_BQV, place_BQ, following_BQ))
+    return jnp.moveaxis(jax.lax.scan(one, drawing, places_first)[1], 0, 1)
+
+
 def _checked(
-    p_BQV: Float[Array, "B Q V"], proposal: Proposal, place_BQ: Int[Array, "B Q"], key_B: jax.Array
+    p_BQV: Float[Array, "B Q V"], proposal: Proposal, place_BQ: Int[Array, "B Q"], drawing: Drawing
 ) -> tuple[Int[Array, "B"], Int[Array, "B Q"]]:
     """How many proposals are accepted, and what is written: those, and one token more."""
     probability_BP, other_BQV = accept(p_BQV, proposal.q_BPV, proposal.token_BP)
 
-    def uniform(key: jax.Array, place_P: jax.Array) -> jax.Array:
-        return jax.vmap(lambda place: jax.random.uniform(place_key(key, place, ACCEPT)))(place_P)
+    def uniforms(place_B: jax.Array) -> jax.Array:
+        return jax.vmap(jax.random.uniform)(drawing.keys(place_B, ACCEPT))
 
-    accepts_BP = jax.vmap(uniform)(key_B, place_BQ[:, :-1]) < probability_BP
+    accepts_BP = jax.vmap(uniforms, 1, 1)(place_BQ[:, :-1]) < probability_BP
     accepted_B = jnp.sum(jnp.cumprod(accepts_BP, axis=1), axis=1)
     row_B = jnp.arange(len(accepted_B))
-    last_B = draw(other_BQV[row_B, accepted_B], key_B, place_BQ[row_B, accepted_B], REPLACE)
+    last_B = drawing.draw(other_BQV[row_B, accepted_B], place_BQ[row_B, accepted_B], REPLACE)
     return accepted_B, jnp.pad(proposal.token_BP, ((0, 0), (0, 1))).at[row_B, accepted_B].set(last_B)
 
 

@@ -44,6 +44,11 @@ class StopStrings:
         self.found: str | None = None
         """The stop string that ended the text."""
 
+    @property
+    def any(self) -> bool:
+        """Whether there are stop strings."""
+        return bool(self._stop)
+
     def push(self, text: str) -> str:
         """Takes more text; returns what is certain. After a stop string nothing is."""
         if self.found is not None:
@@ -92,13 +97,22 @@ class GrowingText:
         """All that was given out."""
 
     @property
+    def may_stop(self) -> bool:
+        """Whether there are stop strings."""
+        return self._stop.any
+
+    @property
     def stopped(self) -> str | None:
         """The stop string that ended the text, None where none did."""
         return self._stop.found
 
     def push(self, token: int) -> str:
         """Takes the next token; returns the text that is now certain."""
-        return self._give(self._stop.push(self._decoder.push(token)))
+        return self.extend((token,))
+
+    def extend(self, tokens: Sequence[int]) -> str:
+        """Takes the next tokens, at the price of one; returns the text that is now certain."""
+        return self._give(self._stop.push(self._decoder.extend(tokens)))
 
     def finish(self) -> str:
         """Ends the text: returns what was held back, with U+FFFD for an incomplete character."""

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from llmlab.models import bart, gpt2, llama, mbart, t5
+from llmlab.models import bart, gpt2, llama, mbart, mistral, t5
 from llmlab.models.config import Untied
 from llmlab.nn.module import merge, split
 
@@ -20,6 +20,8 @@ def tiny(family: str, vocab_size: int = VOCAB, embed_dim: int = 16) -> Any:
     sizes: dict[str, Any] = {"embed_dim": embed_dim, "num_layers": 2, "num_heads": 2, "vocab_size": vocab_size}
     if family == "llama":
         return llama.llama(**sizes, num_kv_heads=1, hidden_dim=24)
+    if family == "mistral":
+        return mistral.mistral(**sizes, num_kv_heads=1, hidden_dim=24, window=4)
     if family == "gpt2":
         return gpt2.gpt2(**sizes, max_length=24, head=Untied())
     if family == "t5":
@@ -74,3 +76,8 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     """Over the last dimension, float64."""
     logits = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
     return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+
+
+def programs(function: Any) -> int:
+    """How many programs a jitted function has compiled."""
+    return function._cache_size()

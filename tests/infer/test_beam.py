@@ -9,7 +9,7 @@ import pytest
 
 from llmlab.infer.beam import _search, beam_search
 from llmlab.infer.greedy import greedy
-from tests.infer.random_models import log_softmax, next_log_probabilities, randomised, tiny, whole
+from tests.infer.random_models import log_softmax, next_log_probabilities, programs, randomised, tiny, whole
 
 PROMPTS = [[5, 9, 2, 7], [3], [11, 4, 6, 8, 12, 2, 13]]
 ENDS = [1, 4, 13]
@@ -172,10 +172,10 @@ def test_rows_do_not_depend_on_their_batch_and_values_do_not_compile_again():
     together = search(PROMPTS, batch_size=4)
     alone = [search([prompt], batch_size=4)[0] for prompt in PROMPTS]
     assert alone == together
-    programs = _search._cache_size()
+    compiled = programs(_search)
     others = {"length_penalty": 0.5, "eos_id": 7, "banned_ids": (3,), "max_new_tokens": 9, "min_new_tokens": 2}
     assert search(PROMPTS, batch_size=4, early_stopping=True, **others) != together
-    assert _search._cache_size() == programs
+    assert programs(_search) == compiled
 
 
 def test_what_cannot_be_written_is_not_found():

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from llmlab.infer.drafts import LookupDrafter, PromptLookup, Proposal, distribution
+from llmlab.infer.drafts import Drawing, LookupDrafter, PromptLookup, Proposal
 from llmlab.infer.greedy import greedy
-from llmlab.infer.sampling import Sampling
+from llmlab.infer.sampling import GREEDY, Sampling, SamplingRows
 from llmlab.infer.speculative import _checked, _run, accept, speculative
 from llmlab.nn.module import merge, split
-from tests.infer.random_models import log_softmax, randomised, tiny, whole
+from tests.infer.random_models import log_softmax, programs, randomised, tiny, whole
 
 PROMPTS = [[5, 9, 2, 7], [3], [11, 4, 6, 11, 4, 6, 13]]
 SAMPLES = 100_000
@@ -75,8 +75,8 @@ def test_acceptances_and_tokens_per_step_are_what_the_theory_says():
     p_BQV = jnp.broadcast_to(jnp.asarray(p, jnp.float32), (SAMPLES, drafted + 1, vocab))
     proposal = Proposal(token_BP, jnp.full(SAMPLES, drafted), q_BPV)
     place_BQ = jnp.broadcast_to(jnp.arange(drafted + 1), (SAMPLES, drafted + 1))
-    keys = jax.random.split(jax.random.key(1), SAMPLES)
-    accepted_B, token_BQ = (np.asarray(part) for part in jax.jit(_checked)(p_BQV, proposal, place_BQ, keys))
+    drawing = Drawing(SamplingRows.of([Sampling(seed=1)] * SAMPLES, samples=range(SAMPLES)), None)
+    accepted_B, token_BQ = (np.asarray(part) for part in jax.jit(_checked)(p_BQV, proposal, place_BQ, drawing))
     expected = (1 - rate ** (drafted + 1)) / (1 - rate)
     # Five standard errors.
     assert abs((accepted_B > 0).mean() - rate) < 5 * np.sqrt(rate * (1 - rate) / SAMPLES)
@@ -97,10 +97,10 @@ def fits(counts: np.ndarray, p: np.ndarray) -> bool:
     return bool(scipy.stats.chisquare(counts, counts.sum() * p / p.sum()).pvalue > 1e-3)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "t5"])
 def test_greedy_speculation_writes_what_greedy_decoding_writes(family):
     model, length = randomised(tiny(family)), 14
-    options: dict[str, Any] = {"max_new_tokens": length, "sampling": Sampling(temperature=0)}
+    options: dict[str, Any] = {"max_new_tokens": length, "sampling": GREEDY}
     own = greedy(model, PROMPTS, max_new_tokens=length, eos_id=None)
     ends = [own[0][6], own[1][9]]
     until = greedy(model, PROMPTS, max_new_tokens=length, eos_id=ends)
@@ -134,18 +134,23 @@ def perturbed(model: Any) -> Any:
     return merge(graphdef, jax.tree.map(lambda leaf: leaf + 0.1 * rng.standard_normal(leaf.shape, np.float32), params))
 
 
-@pytest.mark.parametrize("proposes", ["model", "lookup"])
-def test_a_hundred_thousand_rows_have_the_models_distribution(proposes):
-    vocab, prompt = 4, [1, 2, 1]
+@pytest.mark.parametrize(
+    ("proposes", "prompt", "count"), [("model", [2], SAMPLES), ("lookup", [1, 2, 1], SAMPLES // 5)]
+)
+def test_a_hundred_thousand_rows_have_the_models_distribution(proposes, prompt, count):
+    vocab = 4
     model = randomised(tiny("llama", vocab, embed_dim=8), scale=0.5)
     draft: Any = PromptLookup(max_ngram=1) if proposes == "lookup" else perturbed(model)
-    sampling = Sampling(temperature=1.3, top_k=3, seed=3)
-    found = speculative(model, draft, [prompt] * SAMPLES, max_new_tokens=3, num_drafted=2, sampling=sampling)
+    samplings = [Sampling(temperature=1.3, top_k=3, seed=seed) for seed in range(count)]
+    found = speculative(model, draft, [prompt] * count, max_new_tokens=3, num_drafted=2, sampling=samplings)
     rows = np.array([row.token_ids for row in found.rows])
     every = np.array(list(itertools.product(range(vocab), repeat=3)))
-    logits = whole(model)(np.concatenate([np.tile(prompt, (len(every), 1)), every], axis=1)).logits[:, 2:-1]
-    p_NSV = np.asarray(distribution(jnp.asarray(logits.reshape(-1, vocab)), sampling)).reshape(logits.shape)
-    mass = np.take_along_axis(p_NSV, every[..., None], axis=-1)[..., 0].astype(np.float64).prod(axis=1)
+    logits = whole(model)(np.concatenate([np.tile(prompt, (len(every), 1)), every], axis=1)).logits[
+        :, len(prompt) - 1 : -1
+    ]
+    kept = logits >= np.sort(logits, axis=-1)[..., 1:2]  # three of four
+    p_NSV = np.exp(log_softmax(np.where(kept, logits / 1.3, -np.inf)))
+    mass = np.take_along_axis(p_NSV, every[..., None], axis=-1)[..., 0].prod(axis=1)
     counts = np.bincount(rows @ [vocab**2, vocab, 1], minlength=vocab**3)
     assert fits(counts, mass)
     # The same test tells the model without top-k and temperature from it.
@@ -156,6 +161,46 @@ def test_a_hundred_thousand_rows_have_the_models_distribution(proposes):
     assert found.statistics.tested <= found.statistics.proposed
 
 
+RULES = (
+    Sampling(temperature=0, repetition_penalty=1.7, banned_ids=(4, 9)),
+    Sampling(temperature=0, frequency_penalty=3.0, presence_penalty=2.0, forced_ids=(6, 6)),
+    Sampling(temperature=0, logit_bias=((8, 9.0), (2, -9.0)), forced_last_id=12),
+)
+
+
+def literal(model: Any, prompt: list[int], rule: Sampling, length: int) -> list[int]:
+    """Greedy decoding under rules, one token and one whole forward pass at a time."""
+    run, text = whole(model), list(prompt)
+    while len(text) < len(prompt) + length:
+        scores = run(np.array([text + [0] * (len(prompt) + length - len(text))])).logits[0, len(text) - 1].copy()
+        for token, more in rule.logit_bias:
+            scores[token] += more
+        scores[list(rule.banned_ids)] = -np.inf
+        for token in set(text):
+            scores[token] *= rule.repetition_penalty if scores[token] < 0 else 1 / rule.repetition_penalty
+        new = text[len(prompt) :]
+        for token in set(new):
+            scores[token] -= rule.presence_penalty + rule.frequency_penalty * new.count(token)
+        best = int(np.argmax(scores))
+        if len(new) < len(rule.forced_ids):
+            best = rule.forced_ids[len(new)]
+        elif len(new) == length - 1 and rule.forced_last_id is not None:
+            best = rule.forced_last_id
+        text.append(best)
+    return text[len(prompt) :]
+
+
+def test_each_row_follows_its_own_rules():
+    model, length = randomised(tiny("llama")), 9
+    expected = [literal(model, prompt, rule, length) for prompt, rule in zip(PROMPTS, RULES, strict=True)]
+    assert expected != greedy(model, PROMPTS, max_new_tokens=length, eos_id=None)
+    for draft in (model, perturbed(model), PromptLookup()):
+        found = speculative(model, draft, PROMPTS, max_new_tokens=length, num_drafted=3, sampling=RULES)
+        assert [list(row.token_ids) for row in found.rows] == expected
+        if draft is model:  # with the same rules a model agrees with itself
+            assert found.statistics.acceptance_rate == 1
+
+
 def test_a_row_does_not_depend_on_its_batch_and_values_do_not_compile_again():
     model, draft = randomised(tiny("llama"), scale=0.5), randomised(tiny("llama"), seed=5, scale=0.5)
 
@@ -164,22 +209,22 @@ def test_a_row_does_not_depend_on_its_batch_and_values_do_not_compile_again():
         return speculative(model, draft, prompts, **options | changes).rows
 
     together = sampled(PROMPTS)
-    programs = _run._cache_size()
+    compiled = programs(_run)
     assert sampled(PROMPTS[:1])[0] == together[0]
     assert sampled(PROMPTS[:2]) == together[:2]
     other = sampled(PROMPTS, sampling=Sampling(seed=5), eos_id=3, max_new_tokens=11)
     assert other != together
-    assert _run._cache_size() == programs
+    assert programs(_run) == compiled
 
 
 def test_lookup_proposes_what_followed_the_last_tokens_before():
-    key_B = jax.random.split(jax.random.key(0), 1)
+    drawing = Drawing(SamplingRows.of([GREEDY]), None)
 
     def proposed(text: list[int], source: list[int], lookup: PromptLookup, count: int = 4) -> list[int]:
         text_BT = jnp.array([text + [7] * (12 - len(text))])
         drafter = LookupDrafter(lookup, count, 20)
         source_BT = jnp.array([source], jnp.int32).reshape(1, len(source))
-        proposal, _ = drafter.propose({}, source_BT, text_BT, jnp.array([len(text)]), key_B)
+        proposal, _ = drafter.propose({}, source_BT, text_BT, jnp.array([len(text)]), drawing)
         tokens = proposal.token_BP[0, : int(proposal.count_B[0])].tolist()
         one_hot = np.eye(20)[tokens].reshape(-1, 20)
         np.testing.assert_array_equal(proposal.q_BPV[0], np.pad(one_hot, ((0, count - len(tokens)), (0, 0))))
@@ -204,10 +249,13 @@ def test_a_source_is_looked_up_too():
 @pytest.mark.parametrize(
     ("draft", "options", "message"),
     [
-        ("t5", {}, "the draft is a EncoderDecoder and the model a Transformer"),
+        ("t5", {}, "the draft is of EncoderDecoder and the model of Transformer"),
         ("small", {}, "the draft has 9 tokens and the model writes 17"),
         ("gpt2", {"max_new_tokens": 25}, "there are 24 positions"),
         ("gpt2", {"num_drafted": 0}, "num_drafted=0 is not positive"),
+        ("gpt2", {"sampling": Sampling(logprobs=1)}, "reports no log-probabilities"),
+        ("gpt2", {"sampling": Sampling(banned_ids=(17,))}, "names token 17"),
+        ("gpt2", {"sampling": [GREEDY]}, "1 values for 3 prompts"),
     ],
 )
 def test_a_draft_that_does_not_fit_is_refused(draft, options, message):

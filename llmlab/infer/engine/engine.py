@@ -36,50 +36,24 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any, cast
+from typing import cast
 
-import numpy as np
 from flax import nnx
 
-from llmlab.infer.completion import Limits, Row, token_logprob
 from llmlab.infer.constraints import Matcher, matcher
 from llmlab.infer.engine.config import EngineConfig, Stats
 from llmlab.infer.engine.device import Device
 from llmlab.infer.engine.jobs import Job, Phase, Plan, Sample
 from llmlab.infer.engine.programs import Drawn
-from llmlab.infer.engine.request import Event, FinishReason, Handle, Request, RequestRefused, TokenLogprobs
+from llmlab.infer.engine.request import Event, FinishReason, Handle, Request, RequestRefused
 from llmlab.infer.engine.rows import DecodeRow
 from llmlab.infer.engine.scheduler import Scheduler
-from llmlab.infer.sampling import Logprobs, check_vocabulary
-from llmlab.infer.stopping import GrowingText
+from llmlab.infer.engine.work import Work
+from llmlab.infer.sampling import check_vocabulary
 from llmlab.sharding.rules import Placement
 from llmlab.tokenizers import Tokenizer
 
 _logger = logging.getLogger(__name__)
-
-
-class _Work:
-    """A request while it is served."""
-
-    def __init__(self, request: Request, handle: Handle, rows: list[Row], pieces: list[list[str]]) -> None:
-        self.request, self.handle, self.rows, self.pieces = request, handle, rows, pieces
-        self.prompt_logprobs: list[TokenLogprobs | None] = [None]
-
-    def event(self, sample: int, known: int, **more: Any) -> Event:
-        """What is new of a sample of which `known` tokens were told."""
-        row, text = self.rows[sample], "".join(self.pieces[sample])
-        self.pieces[sample].clear()
-        scored = None
-        if self.request.prompt_logprobs and sample == 0 and known == 0:
-            scored = tuple(self.prompt_logprobs)
-        return Event(
-            sample=sample,
-            token_ids=tuple(row.tokens[known:]),
-            text=text,
-            logprobs=None if row.logprobs is None else tuple(row.logprobs[known:]),
-            prompt_logprobs=scored,
-            **more,
-        )
 
 
 News = list[tuple[Job, Event]]
@@ -111,7 +85,7 @@ class Engine:
         self.config = self._device.config
         """As given, with nothing left to choose."""
         self._scheduler = Scheduler(self.config)
-        self._works: dict[Job, _Work] = {}
+        self._works: dict[Job, Work] = {}
         self._cancelled: list[Handle] = []
         self._finished: Counter[str] = Counter()
         self._changed = threading.Condition(threading.RLock())
@@ -133,7 +107,7 @@ class Engine:
                 raise RequestRefused(self._refusing)
             job = self._scheduler.add(request)
             handle = Handle(request, lambda: self._cancel(handle))
-            self._works[job] = self._work(request, handle, matchers)
+            self._works[job] = Work.of(handle, self.tokenizer, self._scheduler.max_length, matchers)
             self._changed.notify_all()
         return handle
 
@@ -264,7 +238,8 @@ class Engine:
             if request.prompt_logprobs and sample.num_new == 0:
                 next_ids = sample.ids[chunk.start + 1 : chunk.stop + 1]
                 scores = device.score(hidden_BSD, next_ids)
-                self._scored(sample.job, chunk.start, next_ids, scores)
+                with self._changed:
+                    self._works[sample.job].score(chunk.start, next_ids, scores)
         device.copy(plan.copies)
         return device.decode(rows, plan.steps) if rows else None
 
@@ -299,37 +274,18 @@ class Engine:
         return news
 
     def _push(self, sample: Sample, column: int, drawn: Drawn) -> News:
-        work, count = self._works[sample.job], int(drawn.count_B[column])
-        row = work.rows[sample.number]
-        known, taken = len(row.tokens), 0
-        for step, token in enumerate(drawn.token_SB[:count, column].tolist()):
-            if row.reason:
-                break  # the text ended before the device noticed
-            lost = not bool(drawn.finite_B[column]) and step == count - 1
-            if lost:
-                break
-            row.push(token, _at(drawn.logprobs, step, column))
-            taken += 1
-        self._scheduler.decoded(sample, drawn.token_SB[:taken, column].tolist())
+        work = self._works[sample.job]
+        row, known = work.rows[sample.number], len(work.rows[sample.number].tokens)
+        self._scheduler.decoded(sample, work.take(sample.number, column, drawn))
         if row.reason:
             event = work.event(sample.number, known, finish_reason=row.reason, stop=row.stop)
-        elif not bool(drawn.finite_B[column]):
+        elif not drawn.finite_B[column]:
             message = "the model's scores are not finite numbers; its parameters, or their precision, cannot do this"
             event = work.event(sample.number, known, finish_reason="error", message=message)
         else:
             return [(sample.job, work.event(sample.number, known))]
         self._finish(sample, cast(FinishReason, event.finish_reason))
         return [(sample.job, event)]
-
-    def _scored(self, job: Job, start: int, next_ids: Sequence[int], scores: Logprobs) -> None:
-        with self._changed:
-            if (work := self._works.get(job)) is None:
-                return
-            del work.prompt_logprobs[start + 1 :]  # of a prefill that was preempted
-            top = job.request.sampling.logprobs or 0
-            work.prompt_logprobs += [
-                token_logprob(token, _at(scores, position, 0), top) for position, token in enumerate(next_ids)
-            ]
 
     # --- requests end ---
 
@@ -402,32 +358,3 @@ class Engine:
         except (ValueError, ImportError) as error:
             raise RequestRefused(str(error)) from error
         return [None if first is None else first.copy() for _ in range(request.n)]
-
-    def _work(self, request: Request, handle: Handle, matchers: Sequence[Matcher | None]) -> _Work:
-        stop_ids = set(request.stop_ids)
-        if request.stop_at_eos and self.tokenizer.eos_id is not None:
-            stop_ids.add(self.tokenizer.eos_id)
-        positions = self._scheduler.max_length + 1 - len(request.prompt_ids)
-        limits = Limits(frozenset(stop_ids), request.max_new_tokens, positions)
-        pieces: list[list[str]] = [[] for _ in matchers]
-        rows = [
-            Row(
-                number,
-                GrowingText(self.tokenizer, request.stop, after=request.prompt_ids),
-                limits,
-                top=request.sampling.logprobs,
-                stream=lambda number, text: pieces[number].append(text),
-                matcher=own,
-            )
-            for number, own in enumerate(matchers)
-        ]
-        return _Work(request, handle, rows, pieces)
-
-
-def _at(logprobs: Logprobs, step: int, column: int) -> Logprobs:
-    """Of one token."""
-    return Logprobs(
-        np.asarray(logprobs.chosen_B)[step, column],
-        np.asarray(logprobs.top_id_BN)[step, column],
-        np.asarray(logprobs.top_BN)[step, column],
-    )
