@@ -30,6 +30,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         os.environ["JAX_PLATFORMS"] = "cpu"
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
     import jax
-    import jaxlib
     import numpy as np
 
     from llmlab.infer.generate import generate_ids
@@ -157,7 +157,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "framework": f"llmlab-jax-{jax.__version__}",
         "device": processor() if args.device == "cpu" else device.device_kind,
-        "versions": f"jax {jax.__version__}, jaxlib {jaxlib.__version__}, Python {platform.python_version()}",
+        "versions": f"jax {jax.__version__}, jaxlib {metadata.version('jaxlib')}, Python {platform.python_version()}",
         "batch": batch,
         "prompt": args.prompt,
         "new_tokens": args.new_tokens,

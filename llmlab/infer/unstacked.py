@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.core import Tracer
 
 from llmlab.infer.joined import join
 from llmlab.nn.module import Params, merge, split
@@ -61,7 +62,7 @@ def unstacked(model: nnx.Module) -> tuple[nnx.GraphDef, Params]:
 
 def _fits(model: nnx.Module, leaves: list[Any]) -> bool:
     """Whether there are stacks, in concrete arrays on one device that has room for what is in them once more."""
-    if not all(isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+    if not all(isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) for leaf in leaves):
         return False
     devices = {device for leaf in leaves for device in leaf.devices()}
     stacked = sum(leaf.nbytes for stack in _stacks(model) for leaf in jax.tree.leaves(nnx.split(stack.blocks)[1]))

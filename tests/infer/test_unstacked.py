@@ -81,7 +81,8 @@ def test_it_is_made_once_and_again_where_the_arrays_are_others() -> None:
     model = LLAMA.build(nnx.Rngs(params=0))
     once, again = unstacked(model)[1], unstacked(model)[1]
     assert all(a is b for a, b in zip(jax.tree.leaves(once), jax.tree.leaves(again), strict=True))
-    model.stack.blocks[0].ffn.up.kernel.set_value(jnp.ones((2, 16, 24)))
+    block: Any = model.stack.blocks[0]
+    block.ffn.up.kernel.set_value(jnp.ones((2, 16, 24)))
     np.testing.assert_array_equal(unstacked(model)[1]["stack"]["remainder"]["1"]["ffn"]["up"]["kernel"], 1.0)
 
 
