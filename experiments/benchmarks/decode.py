@@ -5,6 +5,7 @@ Claim    At batch 1 and at batch 16 at least 2.5 times the new tokens/s of trans
          billion parameters in bfloat16.
 Command  python experiments/benchmarks/decode.py --peer PATH/TO/torch_generate.py
          python experiments/benchmarks/decode.py --preset 1b --device gpu
+Result   not on CPU: 1.7 times at batch 1 and 1.0 at batch 16 on 2 Sapphire Rapids cores: results/decode_cpu.md
 Cost     3 minutes on 2 CPU cores with the peer; 3 minutes on a GPU, most of it compilation
 
 Greedy, no early stop, through the call that users make (`generate_ids`). Rates are as the peer counts them: rows times
@@ -18,7 +19,7 @@ new tokens over the time of the whole call, the prompt's pass included. Beside t
 
 --peer runs the peer's script, which takes the same flags and prints one JSON line with "new_tokens_per_second", and
 this one in turns, in processes of their own; the ratio is that of the medians. --beside adds lines without a peer:
-other dtypes of weights and caches.
+other dtypes of the weights, and after a colon of keys and values.
 """
 
 import argparse
@@ -30,14 +31,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 SHAPE_FLAGS = {"layers": 6, "dim": 384, "heads": 6, "kv_heads": 0, "ffn": 0, "vocab": 8192}
 RUN_FLAGS = {"prompt": 64, "new_tokens": 128, "repeats": 3, "threads": 2}
 PRESETS: dict[str, dict[str, Any]] = {
-    "small": {"batch": [1, 16], "dtype": "float32", "beside": ["bfloat16"]},
-    "1b": {"batch": [1], "dtype": "bfloat16", "beside": []},
+    "small": {"batch": [1, 16], "dtype": "float32", "beside": ["bfloat16", "float32:bfloat16", "float32:int8"]},
+    "1b": {"batch": [1], "dtype": "bfloat16", "beside": ["bfloat16:int8"]},
 }
 
 
@@ -48,8 +50,8 @@ def parse() -> argparse.Namespace:
     for name, default in {**SHAPE_FLAGS, **RUN_FLAGS}.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
     parser.add_argument("--batch", type=int, nargs="+", help="rows; several for several lines")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights")
-    parser.add_argument("--beside", nargs="*", metavar="DTYPE", help="further lines with weights of these dtypes")
+    parser.add_argument("--dtype", help="of the weights (float32); with :int8, say, also of keys and values")
+    parser.add_argument("--beside", nargs="*", metavar="DTYPE", help="dtypes of further lines")
     parser.add_argument("--device", choices=("cpu", "gpu", "tpu"), default="cpu")
     parser.add_argument("--peer", type=Path, metavar="SCRIPT", help="the peer's script, run in turns with this one")
     parser.add_argument("--peer-python", default=sys.executable, help="interpreter that has the peer installed")
@@ -106,7 +108,7 @@ def middle(values: list[Any]) -> Any:
 def shown(line: dict[str, Any]) -> str:
     """A line of the table."""
     text = (
-        f"batch {line['batch']:3}  {line['dtype']:8}  {line['new_tokens_per_second']:8.1f} new tokens/s  "
+        f"batch {line['batch']:3}  {line['dtype']:16}  {line['new_tokens_per_second']:8.1f} new tokens/s  "
         f"first token {line['first_token_ms']:7.2f} ms  step {line['step_ms']:6.3f} ms  "
         f"floor {line['floor_ms']:6.3f} ms ({line['step_bytes'] / 1e6:.1f} MB at {line['bandwidth_gb_s']:.1f} GB/s)  "
         f"{line['roofline']:.0%} of roofline"
@@ -122,20 +124,23 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         os.environ["JAX_PLATFORMS"] = "cpu"
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
     import jax
-    import jaxlib
     import numpy as np
 
     from llmlab.infer.generate import generate_ids
     from llmlab.infer.sampling import Sampling
 
     batch = args.batch[0]
-    model, weight_bytes = build(args)
+    dtype, _, stored = args.dtype.partition(":")
+    cache_dtype = np.dtype(stored or dtype)  # bfloat16 is a name of jax's
+    model, weight_bytes = build(args, dtype)
     prompts = np.random.default_rng(0).integers(1, model.config.vocab_size, (batch, args.prompt)).tolist()
 
     def run() -> tuple[float, float]:
         """Seconds to the first token of every row, and to the last."""
         start = time.perf_counter()
-        tokens = generate_ids(model, prompts, max_new_tokens=args.new_tokens, sampling=Sampling(temperature=0))
+        tokens = generate_ids(
+            model, prompts, max_new_tokens=args.new_tokens, sampling=Sampling(temperature=0), cache_dtype=cache_dtype
+        )
         next(tokens)
         first = time.perf_counter() - start
         count = 1 + sum(1 for _ in tokens)
@@ -146,13 +151,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     runs = [run() for _ in range(args.repeats)]
     first, whole = (statistics.median(seconds) for seconds in zip(*runs, strict=True))
     step = statistics.median((last - first) / (args.new_tokens - 1) for first, last in runs)
-    step_bytes = weight_bytes + batch * (args.prompt + args.new_tokens // 2) * position_bytes(model.config, args.dtype)
+    positions = batch * (args.prompt + args.new_tokens // 2)
+    step_bytes = weight_bytes + positions * position_bytes(model.config, cache_dtype.itemsize)
     bandwidth = read_bandwidth(weight_bytes)
     device = jax.devices()[0]
     return {
         "framework": f"llmlab-jax-{jax.__version__}",
-        "device": platform.processor() or platform.machine() if args.device == "cpu" else device.device_kind,
-        "versions": f"jax {jax.__version__}, jaxlib {jaxlib.__version__}, Python {platform.python_version()}",
+        "device": processor() if args.device == "cpu" else device.device_kind,
+        "versions": f"jax {jax.__version__}, jaxlib {metadata.version('jaxlib')}, Python {platform.python_version()}",
         "batch": batch,
         "prompt": args.prompt,
         "new_tokens": args.new_tokens,
@@ -167,7 +173,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def build(args: argparse.Namespace) -> tuple[Any, int]:
+def build(args: argparse.Namespace, dtype: str) -> tuple[Any, int]:
     """The model with random weights, and the bytes of those that every step reads."""
     import jax
     from flax import nnx
@@ -193,7 +199,7 @@ def build(args: argparse.Namespace) -> tuple[Any, int]:
     @jax.jit
     def draw(key: jax.Array) -> Any:
         params = split(config.build(nnx.Rngs(params=key)))[1]
-        return jax.tree.map(lambda leaf: leaf.astype(args.dtype), params)
+        return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
     params = draw(jax.random.key(0))
     read = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
@@ -202,19 +208,23 @@ def build(args: argparse.Namespace) -> tuple[Any, int]:
     return merge(graphdef, params), read
 
 
-def position_bytes(config: Any, dtype: str) -> int:
-    """Bytes of keys and values of one position, all layers."""
-
-    size = {"float32": 4, "bfloat16": 2}[dtype]
+def position_bytes(config: Any, itemsize: int) -> int:
+    """Bytes of keys and values of one position, all layers, without the scales of an int8 cache."""
     mixers = [block.mixer for block in config.layers()]
-    return sum(
-        2 * size * (mixer.num_kv_heads or mixer.num_heads) * mixer.resolved_head_dim(config.embed_dim)
-        for mixer in mixers
-    )
+    heads = [(mixer.num_kv_heads or mixer.num_heads) * mixer.resolved_head_dim(config.embed_dim) for mixer in mixers]
+    return 2 * itemsize * sum(heads)
+
+
+def processor() -> str:
+    """Name of this machine's processor, as far as it is known, and the cores in use."""
+    about = Path("/proc/cpuinfo")
+    lines = about.read_text().splitlines() if about.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
 
 
 def read_bandwidth(num_bytes: int) -> float:
-    """Bytes/s at which the device reads an array of this size, the best of several programs and times.
+    """Bytes/s at which the device reads an array of this size, the best of several times.
 
     On CPU the array stays where the weights would (in the last-level cache, if they fit), and one thread a core reads
     its share; on accelerators it is a sum of at least 1 GB.

@@ -350,11 +350,13 @@ def generate_ids(
     max_new_tokens: int,
     sampling: Sampling | None = None,
     num_tokens: int | None = None,
+    cache_dtype: jnp.dtype | type | None = None,
 ) -> Iterator[np.ndarray]:
     """The next token of every row, again and again: int arrays of shape (rows,), `max_new_tokens` of them.
 
     What ends a sequence is the caller's to decide; tokens of a row whose model has no more positions mean nothing. Only
-    ids below `num_tokens` are drawn: a model's vocabulary is rounded up, and its last rows are no tokens.
+    ids below `num_tokens` are drawn: a model's vocabulary is rounded up, and its last rows are no tokens. Keys and
+    values are stored in `cache_dtype`, by default that of the parameters.
     """
     sampling = sampling or Sampling()
     steps, params = prepare(model)
@@ -374,7 +376,7 @@ def generate_ids(
         ),
         shape=Shape.of(max(starts), max_new_tokens, limit),
         num_prompts=num_rows,
-        dtype=jax.tree.leaves(params)[0].dtype,
+        dtype=jax.tree.leaves(params)[0].dtype if cache_dtype is None else jnp.dtype(cache_dtype),
     )
     last_B = np.asarray(batch.first().token_B)[:rows]
     yield last_B

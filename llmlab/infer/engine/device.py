@@ -17,7 +17,7 @@ from flax import nnx
 from llmlab.infer.engine import programs
 from llmlab.infer.engine.blocks import Copy
 from llmlab.infer.engine.config import EngineConfig
-from llmlab.infer.engine.jobs import Chunk, Move, Sample, SwapIn, SwapOut
+from llmlab.infer.engine.jobs import Chunk, Move, Phase, Sample, SwapIn, SwapOut
 from llmlab.infer.engine.paged import check_layers, new_pools
 from llmlab.infer.engine.programs import Drawn, Program, levels
 from llmlab.infer.engine.request import Request, RequestRefused
@@ -160,6 +160,8 @@ class Device:
                 continue
             self.copy(copies)
             copies = []
+            if move.sample.phase is Phase.DONE:
+                continue  # its request has ended since
             if isinstance(move, SwapOut):
                 self._swap_out(move)
             else:

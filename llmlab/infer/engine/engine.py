@@ -204,11 +204,19 @@ class Engine:
                 self.step()
             except Exception as error:  # whatever it is, nobody may wait for ever
                 _logger.exception("the engine stops")
-                with self._changed:
-                    self._refusing = f"the engine has failed: {error}"
-                    news = [one for job in list(self._works) for one in self._end(job, "error", self._refusing)]
-                self._deliver(news)
+                self._give_up(f"the engine has failed: {error}")
                 return
+
+    def _give_up(self, message: str) -> None:
+        """After a mistake of the engine's own: its books may be wrong, so they are not touched."""
+        with self._changed:
+            self._refusing = message
+            news = [
+                (job, Event(sample=number, finish_reason="error", message=message))
+                for job, work in self._works.items()
+                for number in work.handle.unfinished
+            ]
+        self._deliver(news)
 
     # --- one step ---
 
@@ -219,9 +227,10 @@ class Engine:
             plan = self._scheduler.plan()
             rows, failed = self._decode_rows(plan)
             news += failed
+            idle = self._scheduler.idle
         self._deliver(news)
         if not plan:
-            return bool(news)
+            return bool(news) or not idle
         try:
             drawn = self._carry_out(plan, rows)
         except Exception as error:  # out of memory, a lost device: which exceptions these are is the platform's affair
@@ -244,7 +253,8 @@ class Engine:
                 next_ids = sample.ids[chunk.start + 1 : chunk.stop + 1]
                 scores = device.score(hidden_BSD, next_ids)
                 with self._changed:
-                    self._works[sample.job].score(chunk.start, next_ids, scores)
+                    if (work := self._works.get(sample.job)) is not None:
+                        work.score(chunk.start, next_ids, scores)
         device.copy(plan.copies)
         return device.decode(rows, plan.steps) if rows else None
 
@@ -339,7 +349,6 @@ class Engine:
             except Exception as error:  # a callback's: this request's alone
                 _logger.exception("a callback failed")
                 with self._changed:
-                    news = [one for one in news if one[0] is not job]
                     news += self._end(job, "error", f"a callback failed: {type(error).__name__}: {error}")
             if work.handle.finished:
                 with self._changed:

@@ -33,6 +33,7 @@ Windows = tuple[KVCache, ...]
 
 def levels(max_logprobs: int) -> tuple[Needs, ...]:
     """Kinds of rows, by what choosing their tokens takes: the first that covers a row's needs is its own."""
+    max_logprobs = 1 << (max_logprobs - 1).bit_length() if max_logprobs else 0  # as Needs.of rounds
     return (
         Needs(),
         Needs(draw=True),

@@ -122,7 +122,7 @@ class Handle:
         self._cancel = cancel
         self._events: list[Event] = []
         self._callbacks: list[Callable[[Event], None]] = []
-        self._unfinished = request.n
+        self._unfinished = set(range(request.n))
         self._changed = threading.Condition(threading.RLock())
 
     def events(self, timeout: float | None = None) -> Iterator[Event]:
@@ -161,6 +161,12 @@ class Handle:
         self._cancel()
 
     @property
+    def unfinished(self) -> frozenset[int]:
+        """Numbers of the samples that have not finished."""
+        with self._changed:
+            return frozenset(self._unfinished)
+
+    @property
     def finished(self) -> bool:
         """Whether all samples have finished."""
         with self._changed:
@@ -178,7 +184,8 @@ class Handle:
         failure: Exception | None = None
         with self._changed:
             self._events.append(event)
-            self._unfinished -= event.finish_reason is not None
+            if event.finish_reason is not None:
+                self._unfinished.discard(event.sample)
             self._changed.notify_all()
             for callback in list(self._callbacks):
                 try:

@@ -70,10 +70,10 @@ def test_samples_of_a_request_are_those_that_generate_draws() -> None:
     assert len({reply.token_ids for reply in replies}) == 3
 
 
-@pytest.mark.parametrize("change", [{"prefill_chunk": 4}, {"steps_per_call": 1}, {"block_size": 16}, {"max_rows": 1}])
+@pytest.mark.parametrize("change", [{"prefill_chunk": 4}, {"steps_per_call": 1}, {"block_size": 16}])
 def test_how_the_work_is_cut_does_not_matter(change: dict[str, Any]) -> None:
     usual = serve(engine(), requests())
-    assert serve(engine(replace(CONFIG, **change)), requests()) == usual
+    assert serve(engine(replace(CONFIG, max_rows=1, **change)), requests()) == usual
 
 
 @pytest.mark.parametrize("preemption", ["recompute", "swap"])
@@ -227,9 +227,11 @@ def test_scores_that_are_no_numbers_end_their_request_alone() -> None:
     assert serve(served, good) == expected  # in the blocks that held what was no number
 
 
-def test_a_callback_that_fails_ends_its_request_alone() -> None:
+@pytest.mark.parametrize("new", [2, 9])  # both samples end in the step in which the callback fails, or none
+def test_a_callback_that_fails_ends_its_request_alone(new: int) -> None:
     served = engine()
-    first, second = (served.submit(request) for request in requests()[1:3])
+    first = served.submit(Request(prompt(1, 7), sampling=SAMPLED, max_new_tokens=new, n=2))
+    second = served.submit(requests()[2])
 
     def fail(_: Event) -> None:
         raise OSError("gone")
@@ -237,8 +239,10 @@ def test_a_callback_that_fails_ends_its_request_alone() -> None:
     first.on_event(fail)
     run(served)
     assert_all_free(served)
-    assert first.replies(0)[0].finish_reason == "error"
-    assert "OSError: gone" in first.replies(0)[0].message
+    replies = first.replies(0)
+    if new == 9:
+        assert [reply.finish_reason for reply in replies] == ["error", "error"]
+        assert "OSError: gone" in replies[0].message
     assert second.replies(0)[0].finish_reason == "length"
 
 
@@ -317,6 +321,13 @@ def test_what_cannot_be_served_is_refused_at_once(request_: Request, reason: str
     with pytest.raises(RequestRefused, match=reason):
         served.submit(request_)
     assert not served.step()
+
+
+@pytest.mark.parametrize("most", [0, 3, 5])
+def test_as_many_log_probabilities_may_be_asked_for_as_the_engine_says(most: int) -> None:
+    asked = Request(prompt(1, 5), sampling=Sampling(temperature=0, logprobs=most), max_new_tokens=2)
+    ((reply,),) = serve(engine(replace(CONFIG, max_logprobs=most, max_rows=1)), [asked])
+    assert [len(token.top) for token in reply.logprobs or ()] == [most, most]
 
 
 def test_events_add_up_to_the_reply() -> None:

@@ -68,17 +68,18 @@ def test_closing_cancels_what_has_not_ended() -> None:
     assert served.stats().finished == {"cancelled": 6}
 
 
-def test_an_engine_that_breaks_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("broken", ["plan", "finish"])
+def test_an_engine_that_breaks_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
     served = engine()
 
-    def fail() -> Any:
+    def fail(*_: Any) -> Any:
         raise KeyError("a mistake in the scheduler")
 
-    monkeypatch.setattr(served._scheduler, "plan", fail)
+    monkeypatch.setattr(served._scheduler, broken, fail)
     with served:
-        handle = served.submit(Request(prompt(1, 5)))
-        reply = handle.replies(SECONDS)[0]
-        assert (reply.finish_reason, "a mistake in the scheduler" in reply.message) == ("error", True)
+        handle = served.submit(Request(prompt(1, 5), max_new_tokens=3, n=2))
+        for reply in handle.replies(SECONDS):
+            assert (reply.finish_reason, "a mistake in the scheduler" in reply.message) == ("error", True)
         with pytest.raises(RequestRefused, match="the engine has failed"):
             served.submit(Request(prompt(1, 5)))
 
