@@ -100,12 +100,11 @@ def main() -> None:
 def conditions(args: argparse.Namespace, work: Work) -> dict[str, Any]:
     """What a line holds for."""
     import jax
-    import jaxlib
 
     device = platform.processor() or platform.machine() if args.device == "cpu" else jax.devices()[0].device_kind
     return {
         "device": device,
-        "versions": f"jax {jax.__version__}, jaxlib {jaxlib.__version__}, Python {platform.python_version()}",
+        "versions": f"jax {jax.__version__}, Python {platform.python_version()}",
         "dtype": args.dtype,
         "cache": args.cache or args.dtype,
         "deterministic": args.deterministic,
@@ -188,7 +187,7 @@ def static(args: argparse.Namespace, model: Any, work: Work) -> float:
 
     start = time.perf_counter()
     for first in range(0, args.requests, args.rows):
-        prompts, new = (part[first : first + args.rows] for part in (work.prompts, work.new))
+        prompts, new = work.prompts[first : first + args.rows], work.new[first : first + args.rows]
         for _ in generate_ids(model, prompts, max_new_tokens=max(new), sampling=GREEDY):
             pass
     return time.perf_counter() - start

@@ -28,9 +28,10 @@ class DecodeRow:
 
 
 class Seats:
-    """Which sample has which row of the windows, and how much of it the window holds.
+    """Which sample has which row of the windows.
 
-    A sample keeps its row from call to call, and a row is copied from its blocks only for a sample that was not in it.
+    A sample keeps its row from call to call, and a row is copied from its blocks only for a sample that was not in it:
+    what is stored of a sample between two of its calls was stored by its calls, whatever it was preempted by.
     """
 
     def __init__(self, count: int, width: int) -> None:
@@ -38,7 +39,6 @@ class Seats:
         self.stale: list[int] = []
         """Rows whose window is not that of their blocks."""
         self._samples: list[Sample | None] = [None] * count
-        self._lengths = [0] * count
 
     def take(self, rows: Sequence[DecodeRow]) -> list[int]:
         """A row of the windows for each row of the call."""
@@ -48,15 +48,10 @@ class Seats:
         taken = [next(free) if seat is None else seat for seat in seats]
         self.stale = []
         for seat, row in zip(taken, rows, strict=True):
-            if self._samples[seat] is not row.sample or self._lengths[seat] != row.sample.table.length:
+            if self._samples[seat] is not row.sample:
                 self.stale.append(seat)
-                self._samples[seat], self._lengths[seat] = row.sample, row.sample.table.length
+                self._samples[seat] = row.sample
         return taken
-
-    def wrote(self, seats: Sequence[int], counts: Sequence[int]) -> None:
-        """The call stored so many positions of each."""
-        for seat, count in zip(seats, counts, strict=True):
-            self._lengths[seat] += count
 
 
 class RowArrays:

@@ -209,6 +209,21 @@ def test_samples_share_the_prompt():
     assert len(plan.copies) == 2
 
 
+def test_deterministic_prefixes_are_whole_chunks_of_prompts_and_nothing_that_decoding_stored():
+    simulation = Simulation(replace(CONFIG, deterministic=True, num_blocks=30))
+    scheduler = simulation.scheduler
+    first = simulation.submit(Request(tuple(range(21)), max_new_tokens=14), [14])
+    simulation.run()
+    simulation.submit(Request(tuple(first.samples[0].ids), max_new_tokens=2), [2])
+    simulation.run()
+    assert scheduler.counters.prefix_hit_tokens == 16  # of 34 that are stored, 20 of them the prompt's
+    taken = scheduler.blocks.take(scheduler.blocks.num_free - 3)  # the last block of the second chunk is forgotten
+    scheduler.blocks.release(taken)
+    simulation.submit(Request(tuple(range(21)), max_new_tokens=2), [2])
+    simulation.run()
+    assert scheduler.counters.prefix_hit_tokens == 16 + 8
+
+
 @pytest.mark.parametrize(
     ("request_", "reason"),
     [
