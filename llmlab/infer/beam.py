@@ -7,9 +7,11 @@ the `num_beams` best prefixes: at every step each is continued by every token, t
 aside as hypotheses, the best of the others live on. It costs `num_beams` times what greedy decoding does, and the
 order of the cache's rows changes at every step. A beam as wide as there are prefixes is exhaustive search.
 
-Log-probabilities only fall as a sequence grows, so the plain sum (a = 0) prefers short ones; dividing by a power of
-the length (Wu et al. 2016, 1609.08144, section 7; here the simple power that transformers uses) makes up for it. With
-it a longer sequence can still win, which leaves the question when to stop; `early_stopping`, as transformers has it:
+Log-probabilities only fall as a sequence grows, so the plain sum (a = 0) prefers short ones, often the empty one: of
+translation models it is the most probable sequence for half of all sentences (Stahlberg and Byrne 2019, 1908.10090).
+Dividing by a power of the length (Wu et al. 2016, 1609.08144, section 7; here the simple power that transformers uses)
+makes up for it. With it a longer sequence can still win, so when is a search over? `early_stopping`, as transformers
+has it:
 
     True      when there are `num_beams` hypotheses
     False     when moreover no living prefix, scored as it stands, beats the worst of them: a heuristic where a > 0
