@@ -18,9 +18,10 @@ choice. Two drafts: another decoder of the same vocabulary (`speculative(model, 
 code and answers that quote.
 
 Rows advance by different numbers of tokens; all stay in one loop on the device. Rejected positions are not cleared:
-the caches' slots beyond a row's length are never looked at before they are overwritten. The random keys of a place are
-made of (seed, row, position) alone. A place is drafted anew after a rejection before it, but nothing had been decided
-by the draws that were made for it, so that all draws that count are independent.
+the caches' slots beyond a row's length are never looked at before they are overwritten. (Sums, as causal FAVOR keeps
+them, cannot be taken back: such models are refused.) The random keys of a place are made of (seed, position) alone. A
+place is drafted anew after a rejection before it, but nothing had been decided by the draws that were made for it, so
+that all draws that count are independent.
 """
 
 import functools
@@ -119,7 +120,7 @@ def speculative(
 
     Raises:
         ValueError: the draft does not fit the model, or a row does not fit the positions of either, or sampling names
-            what there is not.
+            what there is not, or a layer of either keeps sums.
     """
     if num_drafted < 1:
         raise ValueError(f"num_drafted={num_drafted} is not positive; 4 is usual, and without a draft use generate")
