@@ -38,6 +38,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import cast
 
+import jax
 from flax import nnx
 
 from llmlab.infer.constraints import Matcher, matcher
