@@ -6,7 +6,9 @@
 `offload` takes a model out of its stacks (see `llmlab.infer.unstacked`) and leaves the arrays of N layers in memory of
 the host that the device can read. What comes out is a model like any other, for `llmlab.generate`, the engine and the
 rest: each of these layers fetches its weights where it is applied, and they are given up after. The arithmetic is that
-of the same layer, and so is the result.
+of the same layer, and so is the result: in float32 to the bit where the matmuls are the same. In bfloat16 compilers
+leave unrounded what goes from one operation straight to the next, which the edge of a fetched layer prevents: the last
+bit may differ, unless XLA is told to round as written (xla_allow_excess_precision).
 
 The price: every step, and every piece of a prompt, moves all bytes of the N layers over the bus, whatever the number of
 rows. A bus gives 25 to 60 GB/s where the device's memory gives 1,000 to 4,000, so a step takes at least

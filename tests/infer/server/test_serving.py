@@ -180,14 +180,15 @@ def test_layers_in_the_hosts_memory_answer_the_same_and_are_announced(
     answers: list[Any] = []
 
     def ask(server: Server, listening: socket.socket) -> None:
-        client = TestClient(server.config.app, base_url="http://127.0.0.1:8000")
+        app: Any = server.config.app
+        client = TestClient(app, base_url="http://127.0.0.1:8000")
         body = {"prompt": "a", "max_tokens": 6, "temperature": 0, "logprobs": 2}
         answers.append(client.post("/v1/completions", json=body).json()["choices"])
         answers.append(client.post("/v1/embeddings", json={"input": "some text"}).json()["data"])
 
     monkeypatch.setattr(Server, "serve_on", ask)
     command = [str(run_directory), "--max-rows", "1", "--max-length", "32", "--num-blocks", "16", "--port", "0"]
-    command += ["--prefill-chunk", "16", "--dtype", "bfloat16"]
+    command += ["--prefill-chunk", "16"]
     assert cli_main(command) == 0
     assert "host's memory" not in capsys.readouterr().out
     assert cli_main([*command, "--offload-layers", "2"]) == 0
