@@ -22,6 +22,8 @@ A layer's transfer is tied to the layer's input. Without that the compiler could
 before a loop of steps instead of in it, and then all weights would be on the device after all. For the same reason none
 is fetched ahead: next to its transfer the arithmetic of a layer takes no time that would be worth hiding.
 
+On GPUs XLA pins 64 GB of the host's memory at most, or as many as XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB says.
+
 What an encoder or a vision tower reads is read once for a text, so their layers are the last: they are the first to go.
 """
 

@@ -27,6 +27,7 @@ from llmlab.infer.joined import JoinedAttention
 from llmlab.infer.offload import OffloadedLayer, check_offload, offload, offloaded_bytes
 from llmlab.infer.sampling import GREEDY
 from llmlab.infer.steps import EncoderDecoderSteps, prepare
+from llmlab.models import paligemma, reformer
 from llmlab.nn.module import merge, num_parameters, split
 from llmlab.sharding import Mesh
 from llmlab.sharding.memory import DEVICE, HOST
@@ -113,6 +114,15 @@ def test_the_last_layers_are_in_the_hosts_memory_and_the_numbers_are_the_same(
     assert prepare(moved)[0].graphdef == split(moved)[0]  # nothing is copied again
     for got, want in zip(written(moved), written(model), strict=True):
         np.testing.assert_array_equal(got, want)
+
+
+def test_layers_of_a_vision_tower_go_first() -> None:
+    """They are applied once for an image."""
+    model = paligemma.PRESETS["paligemma-nano"].with_vocabulary(320).build(nnx.Rngs(params=0))
+    assert in_host(offload(model, 3)) == {
+        *(f"vision/stack/remainder/{layer}" for layer in range(2)),
+        "text/stack/remainder/1",
+    }
 
 
 def test_no_layers_and_a_model_on_the_device_are_moved_as_well_and_the_model_is_left_as_it_is() -> None:
@@ -230,6 +240,8 @@ def test_models_that_cannot_are_refused(monkeypatch: pytest.MonkeyPatch) -> None
 
     with pytest.raises(ValueError, match=r"a Other has no stack of layers; leave it out"):
         offload(Other(), 1)
+    with pytest.raises(ValueError, match="a ReversibleModel has two streams, and its layers are applied by halves"):
+        check_offload(nnx.eval_shape(lambda: reformer.preset("nano").with_vocabulary(17).build(nnx.Rngs(params=0))), 1)
 
     class Device:
         device_kind = "abacus"
