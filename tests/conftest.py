@@ -1,5 +1,6 @@
 """What every test stands on: eight simulated CPU devices, shapes checked at every call, caches out of the way."""
 
+import gc
 import inspect
 import os
 from collections.abc import Callable, Iterator
@@ -28,7 +29,8 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPOSITORY / ".pytest_cac
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 
-import jax.tree_util  # noqa: E402  the variables above must be set first
+import jax  # noqa: E402  the variables above must be set first
+import jax.tree_util  # noqa: E402  the same
 
 
 def _exempt_from_construction_checks(register: Callable[..., Any]) -> Callable[..., Any]:
@@ -66,3 +68,14 @@ def llmlab_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         del os.environ["LLMLAB_CACHE"]
     else:
         os.environ["LLMLAB_CACHE"] = previous
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_mappings() -> Iterator[None]:
+    """Forgets compiled programs before a worker has as many memory mappings as Linux allows a process (65,530): each
+    program is a few, a worker meets ten thousand programs, and XLA crashes where it gets no more."""
+    yield
+    mappings = Path("/proc/self/maps")
+    if mappings.exists() and len(mappings.read_bytes().splitlines()) > 20_000:
+        jax.clear_caches()
+        gc.collect()
