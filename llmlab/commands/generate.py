@@ -1,6 +1,7 @@
 """`llmlab generate`: let a trained model continue a prompt, shown as it is written."""
 
 import argparse
+import dataclasses
 import json
 import sys
 import time
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from llmlab.infer.completion import Completion, TokenLogprob
     from llmlab.infer.constraints import Constraint
     from llmlab.infer.sampling import Sampling
+    from llmlab.infer.strategies import Strategy
     from llmlab.tokenizers import Tokenizer
 
 DESCRIPTION = """\
@@ -22,6 +24,7 @@ speed goes to the error stream, so that the output is the text alone:
     llmlab generate runs/quickstart-1a2b3c4d --prompt "def main(" --temperature 0.8 --top-p 0.95
     llmlab generate RUN --prompt "Answer:" --regex "(yes|no)"          # the text has this form, whatever the model
     llmlab generate RUN --prompt "def f(" --stop $'\\n\\n' --num-samples 4 --json --logprobs 5
+    llmlab generate RUN --prompt "import " --beams 4                   # the most probable text; or --draft SMALLER_RUN
 The same seed gives the same text. An encoder-decoder reads the prompt and writes its target.
 """
 
@@ -41,6 +44,7 @@ def main(argv: Sequence[str]) -> int:
     tokenizer = llmlab.load_tokenizer(arguments.model)
     # Several samples cannot be streamed into one terminal side by side: they are shown when they are done.
     alone = arguments.num_samples == 1 and not arguments.json
+    strategy = _strategy(arguments, sampling)
     before = "" if isinstance(model.config, EncoderDecoder) else prompt
 
     def show(_: int, text: str) -> None:
@@ -56,7 +60,8 @@ def main(argv: Sequence[str]) -> int:
             tokenizer,
             prompt,
             max_new_tokens=arguments.max_new_tokens,
-            sampling=sampling,
+            sampling=sampling if strategy is None or _speculates(arguments) else None,
+            strategy=strategy,
             n=arguments.num_samples,
             stop=arguments.stop,
             constraint=constraint,
@@ -99,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="print prompt, text, tokens and finish reason as JSON")
     _add_sampling(parser.add_argument_group("which tokens are drawn"))
     _add_forms(parser.add_argument_group("the form of the text (one of them; pip install 'llmlab[serve]')"))
+    _add_strategies(parser.add_argument_group("other ways to write than token by token (one of them)"))
     more = parser.add_argument_group("log-probabilities, images, numbers, memory")
     more.add_argument("--logprobs", type=int, metavar="N", help="with --json: of every token and of the N best; 0: its")
     more.add_argument("--prompt-logprobs", action="store_true", help="with --json: of the prompt's tokens")
@@ -144,6 +150,47 @@ def _add_forms(group: Any) -> None:
     forms.add_argument("--regex", metavar="PATTERN", help="text that the regular expression matches as a whole")
     forms.add_argument("--regex-file", type=Path, metavar="FILE", help="the same, read from a file")
     forms.add_argument("--grammar", type=Path, metavar="FILE", help="a sentence of the grammar, in Lark's notation")
+
+
+def _add_strategies(group: Any) -> None:
+    ways = group.add_mutually_exclusive_group()
+    ways.add_argument("--beams", type=int, metavar="N", help="the most probable text that N prefixes lead to")
+    ways.add_argument(
+        "--contrastive", type=float, metavar="ALPHA", help="a probable token unlike the text so far; 0.6 is usual"
+    )
+    ways.add_argument(
+        "--draft", type=Path, metavar="RUN", help="a smaller model proposes tokens: the same text, faster"
+    )
+    ways.add_argument("--prompt-lookup", action="store_true", help="what followed these words before is proposed")
+    group.add_argument(
+        "--length-penalty", type=float, default=1.0, metavar="X", help="of --beams: 0 prefers short texts (1)"
+    )
+    group.add_argument("--num-drafted", type=int, default=4, metavar="N", help="tokens proposed at a time (4)")
+
+
+def _speculates(arguments: argparse.Namespace) -> bool:
+    """Whether tokens are drawn, but proposed before."""
+    return arguments.draft is not None or arguments.prompt_lookup
+
+
+def _strategy(arguments: argparse.Namespace, sampling: "Sampling") -> "Strategy | None":
+    import llmlab
+    from llmlab.infer.drafts import PromptLookup
+    from llmlab.infer.sampling import Sampling
+    from llmlab.infer.strategies import Beams, Contrastive, Speculation
+
+    if _speculates(arguments):
+        draft: Any = PromptLookup() if arguments.prompt_lookup else llmlab.load(arguments.draft)
+        return Speculation(draft=draft, num_drafted=arguments.num_drafted)
+    if arguments.beams is None and arguments.contrastive is None:
+        return None
+    name = "--contrastive" if arguments.beams is None else "--beams"
+    others = dataclasses.replace(sampling, seed=0, top_k=sampling.top_k if arguments.beams else None)
+    if others != Sampling():
+        raise ValueError(f"{name} searches and draws nothing: leave out how tokens are drawn, and --logprobs")
+    if arguments.beams is not None:
+        return Beams(num_beams=arguments.beams, length_penalty=arguments.length_penalty)
+    return Contrastive(top_k=arguments.top_k or 4, alpha=arguments.contrastive)
 
 
 def _prompt(arguments: argparse.Namespace) -> str:
@@ -235,6 +282,8 @@ def _record(prompt: str, completion: "Completion", tokenizer: "Tokenizer") -> di
         "token_ids": list(completion.token_ids),
         "finish_reason": completion.finish_reason,
     }
+    if completion.score is not None:
+        record["score"] = completion.score
     if completion.stop is not None:
         record["stop"] = completion.stop
     if completion.logprobs is not None:

@@ -50,6 +50,8 @@ class Hypothesis:
     """Of the new tokens and their end, given the prompt; nats."""
     finish_reason: str
     """"stop" at an end token, "length" at max_new_tokens."""
+    end_id: int | None = None
+    """The token that ended them."""
 
 
 def beam_search(
@@ -338,5 +340,6 @@ def _hypotheses(finished: _Sequences, end_V: np.ndarray) -> list[Hypothesis]:
             ended = bool(end_V[tokens[-1]])
             reason = "stop" if ended else "length"
             ids = tuple(tokens[:-1] if ended else tokens)
-            found.append(Hypothesis(ids, float(score), float(log_probability), reason))
+            end = tokens[-1] if ended else None
+            found.append(Hypothesis(ids, float(score), float(log_probability), reason, end))
     return sorted(found, key=lambda hypothesis: -hypothesis.score)

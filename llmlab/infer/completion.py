@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import jax
 import numpy as np
 
 from llmlab.infer.constraints import Matcher
@@ -44,6 +45,8 @@ class Completion:
     """Of every token of `token_ids`, where they were asked for."""
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     """Of every token of the prompt, None for the first, where they were asked for."""
+    score: float | None = None
+    """What beam search ranks it by, where that wrote it."""
 
     @property
     def cumulative_logprob(self) -> float:
@@ -128,6 +131,18 @@ class Row:
                 self._show(self._text.finish())
         return taken
 
+    def completion(self, prompt: int, sample: int) -> Completion:
+        """What was written, for this sample of this prompt."""
+        return Completion(
+            text=self.text,
+            token_ids=tuple(self.tokens),
+            finish_reason=self.reason,
+            prompt=prompt,
+            sample=sample,
+            stop=self.stop,
+            logprobs=None if self.logprobs is None else tuple(self.logprobs),
+        )
+
     def _note(self, token: int, logprobs: Logprobs | None) -> bool:
         """Whether a token belongs to the row; it is written down."""
         if token in self.limits.stop_ids:
@@ -170,3 +185,23 @@ def push_all(rows: Sequence[Row], choice: Choice) -> None:
         if own is not None:
             own = Logprobs(own.chosen_B[number], own.top_id_BN[number], own.top_BN[number])
         row.push(tokens[number], own)
+
+
+def of_given(
+    given: Sequence[Logprobs], number: int, token_ids: Sequence[int], top: int
+) -> tuple[TokenLogprob | None, ...]:
+    """Log-probabilities of a prompt's tokens, from those of all chunks (positions in front, then prompts).
+
+    Args:
+        given: of each chunk.
+        number: of the prompt among them.
+        token_ids: the prompt.
+        top: alternatives to keep.
+    """
+    found: list[TokenLogprob | None] = [None]
+    for logprobs in given:
+        for at in range(len(logprobs.chosen_B)):
+            if len(found) < len(token_ids):
+                own = jax.tree.map(lambda leaf, at=at: leaf[at, number], logprobs)
+                found.append(token_logprob(token_ids[len(found)], own, top))
+    return tuple(found)

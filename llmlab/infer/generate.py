@@ -16,7 +16,7 @@ of one, bit by bit, log-probabilities included; a single prompt pays for idle ro
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -26,14 +26,15 @@ from flax import nnx
 from jaxtyping import Array
 
 from llmlab.infer.completion import Completion as Completion
-from llmlab.infer.completion import Limits, Row, TokenLogprob, push_all, token_logprob
+from llmlab.infer.completion import Limits, Row, of_given, push_all
 from llmlab.infer.completion import TextStream as TextStream
 from llmlab.infer.constraints import Constraint, matcher
 from llmlab.infer.decoding import Batch, Program, Shape, bucket, one_ahead
 from llmlab.infer.prompts import Given, Prompt, listed, read_prompts, stacked
-from llmlab.infer.sampling import GREEDY, Choice, Logprobs, Needs, Sampling, SamplingRows, check_vocabulary
+from llmlab.infer.sampling import GREEDY, Choice, Needs, Sampling, SamplingRows, check_vocabulary
 from llmlab.infer.steps import Steps, prepare
 from llmlab.infer.stopping import GrowingText, check_stop
+from llmlab.infer.strategies import Order, Strategy
 from llmlab.nn.module import Params
 from llmlab.tokenizers import Tokenizer
 
@@ -56,6 +57,7 @@ def generate(
     stop_ids: Sequence[int] = (),
     include_stop: bool = False,
     constraint: Constraint | Sequence[Constraint | None] | None = None,
+    strategy: Strategy | None = None,
     prompt_logprobs: bool = False,
     inputs: Mapping[str, Array | np.ndarray] | None = None,
     start_id: int | None = None,
@@ -81,6 +83,8 @@ def generate(
         stop_ids: tokens that end a text, besides the tokenizer's eos.
         include_stop: keep the stop string at the end of the text.
         constraint: the form that texts must have, for all prompts or one for each (`llmlab.infer.constraints`).
+        strategy: another way to write than token by token: `Beams()`, `Contrastive()`, `Speculation()`
+            (`llmlab.infer.strategies`).
         prompt_logprobs: report the log-probability of every token of the prompt.
         inputs: what the model is given besides, by the names of its call, with a row for each prompt (`pixel_values`).
         start_id: first token of an encoder-decoder's target; the model's own by default.
@@ -90,7 +94,8 @@ def generate(
         deterministic: a row's numbers do not depend on the other rows to the last bit; see the module's docstring.
 
     Returns:
-        `n` completions of the first prompt, then of the second, and so on.
+        `n` completions of the first prompt, then of the second, and so on; the best of a beam search first, and fewer
+        where it found no more.
 
     Raises:
         ValueError: a prompt does not fit the model's positions, or there is nothing to start from, or an option names
@@ -124,6 +129,25 @@ def generate(
         check_vocabulary(rule, call.num_tokens)
         if form is not None and (rule.forced_ids or rule.forced_last_id is not None):
             raise ValueError("a constrained text cannot have forced tokens too; put them into the constraint")
+    if strategy is not None:
+        asked = {
+            "constraint": constraint,
+            "prompt_logprobs": prompt_logprobs,
+            "sampling.logprobs": any(rule.logprobs is not None for rule in rules),
+            "cache_dtype": cache_dtype,
+            "deterministic": deterministic,
+        }
+        order = Order(
+            given=given,
+            inputs=inputs,
+            samplings=None if sampling is None else rules,
+            n=n,
+            max_new_tokens=max_new_tokens,
+            stop_ids=call.stop_ids,
+            num_tokens=call.num_tokens,
+            max_rows=max_rows,
+        )
+        return list(call.by_strategy(model, strategy, order, [name for name, value in asked.items() if value]))
     jobs = [
         _Job(number * n + sample, number, sample, *of_prompt)
         for number, of_prompt in enumerate(zip(given, rules, forms, strict=True))
@@ -235,16 +259,25 @@ class _Call:
                 push_all(rows, jax.tree.map(lambda leaf, at=step: leaf[at], choices))
         numbers = {job.prompt: number for number, job in enumerate(_prompts(group.jobs))}
         for job, row in zip(group.jobs, rows, strict=True):
-            yield Completion(
-                text=row.text,
-                token_ids=tuple(row.tokens),
-                finish_reason=row.reason,
-                prompt=job.prompt,
-                sample=job.sample,
-                stop=row.stop,
-                logprobs=None if row.logprobs is None else tuple(row.logprobs),
-                prompt_logprobs=_of_prompt(batch.given, numbers[job.prompt], job) if self.prompt_logprobs else None,
+            of_prompt = None
+            if self.prompt_logprobs:
+                of_prompt = of_given(batch.given, numbers[job.prompt], job.given.ids, job.sampling.logprobs or 0)
+            yield replace(row.completion(job.prompt, job.sample), prompt_logprobs=of_prompt)
+
+    def by_strategy(
+        self, model: nnx.Module, strategy: Strategy, order: Order, more: Sequence[str]
+    ) -> Iterator[Completion]:
+        """The texts of all prompts, with stop strings found in them; `more` is what else was asked for."""
+        if more:
+            raise ValueError(
+                f"{type(strategy).__name__} knows nothing of {', '.join(more)}; leave out one or the other"
             )
+        for number, found in enumerate(strategy.write(model, order)):
+            for sample, one in enumerate(found):
+                job = _Job(number * order.n + sample, number, sample, order.given[number], Sampling(), None)
+                row = self._row(job)
+                row.extend(one.token_ids, lambda _: None)
+                yield replace(row.completion(number, sample), score=one.score)
 
     def _bursts(
         self, batch: Batch, rows: Sequence[Row], group: _Group, steps: int
@@ -322,17 +355,6 @@ def _prompts(jobs: Sequence[_Job]) -> list[_Job]:
     for job in jobs:
         first.setdefault(job.prompt, job)
     return list(first.values())
-
-
-def _of_prompt(given: Sequence[Logprobs], number: int, job: _Job) -> tuple[TokenLogprob | None, ...]:
-    """Log-probabilities of a prompt's tokens from those of all chunks (positions in front, then prompts)."""
-    found: list[TokenLogprob | None] = [None]
-    for logprobs in given:
-        for at in range(len(logprobs.chosen_B)):
-            if len(found) < len(job.given.ids):
-                own = jax.tree.map(lambda leaf, at=at: leaf[at, number], logprobs)
-                found.append(token_logprob(job.given.ids[len(found)], own, job.sampling.logprobs or 0))
-    return tuple(found)
 
 
 def _one_each(name: str, value: Any, kind: Any, count: int) -> list[Any]:

@@ -56,6 +56,8 @@ class Written:
     """The new tokens, without the one that ended them."""
     finish_reason: str
     """"stop" at an end token, "length" at max_new_tokens."""
+    end_id: int | None = None
+    """The token that ended them."""
 
 
 def batches(
@@ -146,7 +148,7 @@ def until_end(tokens: Sequence[int], end_V: np.ndarray) -> Written:
     """New tokens up to the first end token."""
     for place, token in enumerate(tokens):
         if end_V[token]:
-            return Written(tuple(tokens[:place]), "stop")
+            return Written(tuple(tokens[:place]), "stop", token)
     return Written(tuple(tokens), "length")
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 import llmlab
 from llmlab import cli
 from llmlab.infer.sampling import Sampling
+from llmlab.infer.strategies import Beams, Contrastive, Speculation, Strategy
 from llmlab.models import llama, paligemma, t5
 from llmlab.models.huggingface import save_hf
 from llmlab.nn.module import split
@@ -183,3 +184,35 @@ def test_what_is_wrong_with_an_option(
 ) -> None:
     assert cli.main(["generate", str(models / "llama"), "--prompt", "a", *options]) == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "strategy", "sampling"),
+    [
+        (
+            ["--beams", "3", "--length-penalty", "0.5", "--num-samples", "2"],
+            Beams(num_beams=3, length_penalty=0.5),
+            None,
+        ),
+        (["--contrastive", "0.5", "--top-k", "3"], Contrastive(top_k=3, alpha=0.5), None),
+        (["--prompt-lookup", "--num-drafted", "2", "--seed", "4"], Speculation(num_drafted=2), Sampling(seed=4)),
+    ],
+)
+def test_other_ways_to_write(
+    models: Path, capsys: pytest.CaptureFixture[str], options: list[str], strategy: Strategy, sampling: Sampling | None
+) -> None:
+    found = records(capsys, str(models / "llama"), "--prompt", "the cat", "--max-new-tokens", "6", *options)
+    model, tokenizer = llmlab.load(models / "llama"), llmlab.load_tokenizer(models / "llama")
+    n = 2 if isinstance(strategy, Beams) else 1
+    want = llmlab.generate(model, tokenizer, "the cat", max_new_tokens=6, strategy=strategy, sampling=sampling, n=n)
+    assert [(one["text"], one.get("score")) for one in found] == [(one.text, one.score) for one in want]
+
+
+def test_a_draft_is_a_model_of_its_own_and_a_search_draws_nothing(
+    models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    llama = str(models / "llama")
+    shown = ["--prompt", "the cat", "--max-new-tokens", "6", "--temperature", "0"]
+    assert records(capsys, llama, *shown, "--draft", llama) == records(capsys, llama, *shown)
+    assert cli.main(["generate", llama, "--beams", "2", "--temperature", "0.5"]) == 2
+    assert "--beams searches and draws nothing" in capsys.readouterr().err

@@ -96,6 +96,7 @@ def temporary_bytes(schedule: ScheduleName, parts: int) -> int:
     return program.train_step.lower(program.state, program.batch).compile().memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.scale
 def test_memory_grows_with_the_parts_in_gpipe_and_not_in_1f1b() -> None:
     few, many = temporary_bytes("1f1b", 8), temporary_bytes("1f1b", 32)
     assert many <= 1.02 * few  # a few numbers a part

@@ -262,6 +262,7 @@ def test_an_arm_that_trains_at_no_rate_is_told(carry: Carry, tiny: Experiment) -
 # --- A/A studies -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.scale
 def test_equal_arms_are_seldom_called_different(tiny: Experiment) -> None:
     """60 studies, arms alike: at level 0.05 more than 10 false verdicts come once in 10,000 times."""
     rng = np.random.default_rng(0)

@@ -96,6 +96,7 @@ def test_runs_that_went_wrong_do_not_move_the_fit() -> None:
     assert law.beta == pytest.approx(0.28, abs=0.01)
 
 
+@pytest.mark.scale
 def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
     """40 studies of 35 runs: of nominal 90%, a binomial of 0.9 is below 29 of 40 with probability 0.0005."""
     studies, level, cost = 40, 0.9, Cost()
@@ -167,6 +168,7 @@ def test_the_parabola_is_numpys_whatever_the_size_of_n() -> None:
     assert profile.optimum == pytest.approx(fine[np.argmin(np.asarray(profile.at(fine)))], rel=1e-4)
 
 
+@pytest.mark.scale
 def test_isoflop_intervals_cover_and_need_residuals() -> None:
     studies, covered = 40, 0
     a = Frontier.fit(profiles(0.0, 0), Cost()).parameters.exponent
