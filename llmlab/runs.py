@@ -83,7 +83,9 @@ class Run:
         return f"Run({str(self.directory)!r})"
 
 
-def load(path: str | Path, *, ema: bool = False, placement: "Placement | None" = None) -> "DecoderModel":
+def load(
+    path: str | Path, *, ema: bool = False, placement: "Placement | None" = None, host: bool = False
+) -> "DecoderModel":
     """The model of a run, of one checkpoint of a run (runs/mine/checkpoints/500), of a Hugging Face directory, or of
     what `llmlab convert` made of one.
 
@@ -91,17 +93,21 @@ def load(path: str | Path, *, ema: bool = False, placement: "Placement | None" =
         path: the directory, or its address in a bucket (gs://...), of which what is needed is copied here.
         ema: the average of the weights, for a run that kept one.
         placement: a mesh that the weights are read to, every device getting its part alone; None for the first device.
+        host: leave the weights in the host's memory instead, as NumPy arrays: for `llmlab.infer.offload`, which puts
+            them where they belong.
 
     Raises:
         FileNotFoundError: there is nothing, or no checkpoint yet.
         ValueError: what is there is damaged or is no model.
     """
+    if host and placement is not None:
+        raise ValueError("host=True leaves the weights in the host's memory and placement spreads them over devices")
     directory, step = locate(path)
     if is_hugging_face(directory):
         from llmlab.models.huggingface import load_hf
 
-        return load_hf(directory, placement=placement)
-    return _load_run(directory, step=step, ema=ema, placement=placement)
+        return load_hf(directory, placement=placement, host=host)
+    return _load_run(directory, step=step, ema=ema, placement=placement, host=host)
 
 
 def locate(path: str | Path) -> tuple[Path, int | None]:
@@ -160,20 +166,27 @@ def _json_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _load_run(directory: Path, *, step: int | None, ema: bool, placement: "Placement | None") -> "DecoderModel":
+def _load_run(
+    directory: Path, *, step: int | None, ema: bool, placement: "Placement | None", host: bool
+) -> "DecoderModel":
     import jax
+    import numpy as np
 
     from llmlab.nn.module import merge
     from llmlab.training.checkpoint import restore_params
 
     graphdef, shapes, axes = _run_config(directory).abstract()
+    checkpoints = RunDirectory(directory).checkpoints
+    if host:  # arrays of one number each, of these shapes: what kind is wanted, not room for it
+        wanted = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), shapes)
+        return merge(graphdef, restore_params(checkpoints, wanted, step=step, ema=ema))
     if placement is None:
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         shardings = jax.tree.map(lambda _: here, shapes)
     else:
         shardings = placement.shardings(axes, shapes)
     shapes = jax.tree.map(lambda x, there: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there), shapes, shardings)
-    return merge(graphdef, restore_params(RunDirectory(directory).checkpoints, shapes, step=step, ema=ema))
+    return merge(graphdef, restore_params(checkpoints, shapes, step=step, ema=ema))
 
 
 def default_directory(experiment: Experiment, name: str) -> Path:

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmlab.commands.offloading import add_offload_layers, check_offload_layers, offloaded
+
 if TYPE_CHECKING:
     from llmlab.infer.completion import Completion, TokenLogprob
     from llmlab.infer.constraints import Constraint
@@ -37,7 +39,8 @@ def main(argv: Sequence[str]) -> int:
     import llmlab
     from llmlab.models.encoder_decoder import EncoderDecoder
 
-    model: Any = llmlab.load(arguments.model)
+    check_offload_layers(arguments.model, arguments.offload_layers)
+    model: Any = offloaded(llmlab.load(arguments.model, host=arguments.offload_layers > 0), arguments.offload_layers)
     tokenizer = llmlab.load_tokenizer(arguments.model)
     # Several samples cannot be streamed into one terminal side by side: they are shown when they are done.
     alone = arguments.num_samples == 1 and not arguments.json
@@ -102,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_sampling(parser.add_argument_group("which tokens are drawn"))
     _add_forms(parser.add_argument_group("the form of the text (one of them; pip install 'llmlab[serve]')"))
     _add_strategies(parser.add_argument_group("other ways to write than token by token (one of them)"))
-    more = parser.add_argument_group("log-probabilities, images, numbers")
+    more = parser.add_argument_group("log-probabilities, images, numbers, memory")
     more.add_argument("--logprobs", type=int, metavar="N", help="with --json: of every token and of the N best; 0: its")
     more.add_argument("--prompt-logprobs", action="store_true", help="with --json: of the prompt's tokens")
     more.add_argument("--image", type=Path, action="append", metavar="FILE", help="what the model looks at; repeatable")
@@ -116,6 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     more.add_argument(
         "--deterministic", action="store_true", help="the last bits do not depend on the number of samples either"
     )
+    add_offload_layers(more)
     return parser
 
 

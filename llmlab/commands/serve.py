@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmlab.commands.offloading import add_offload_layers
 from llmlab.commands.serve_model import open_model, tell
 
 if TYPE_CHECKING:
@@ -108,8 +109,10 @@ def _add_engine(group: Any) -> None:
         type=float,
         default=0.8,
         metavar="F",
-        help="of the device's memory that weights, keys and values may take together (0.8)",
+        help="of the device's memory that weights, keys and values may take together; what is in the host's does not "
+        "count (0.8)",
     )
+    add_offload_layers(group)
     group.add_argument("--num-blocks", type=int, metavar="N", help="blocks of keys and values, instead of a fraction")
     group.add_argument("--block-size", type=int, default=16, metavar="N", help="positions of a block (16)")
     group.add_argument("--max-rows", type=int, default=16, metavar="N", help="texts that are written at once (16)")
@@ -201,6 +204,9 @@ def _announce(url: str, served: "Served", start: float) -> None:
         memory += f"; {blocks:,} blocks of {size} positions, {engine.cache_bytes / 2**20:,.1f} MiB"
         lines.append(f"  texts       {engine.config.max_rows} at once, of up to {engine.config.max_length:,} positions")
     lines.append(f"  memory      {memory}")
+    if count := len(served.host_bytes):
+        of_them = f"{sum(served.host_bytes) / 2**20:,.1f} MiB of the weights, {count} layer{'s' * (count != 1)}"
+        lines.append(f"  host        {of_them}, wait in the host's memory")
     template = "plain: the model has no chat template" if served.service.template.is_plain else "the model's"
     lines.append(f"  template    {template}")
     if config.api_key is not None:

@@ -6,7 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmlab.commands.offloading import OPTION, check_offload_layers, offloaded
+
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from llmlab.infer.engine.config import EngineConfig
     from llmlab.infer.engine.engine import Engine
     from llmlab.infer.server.config import ServerConfig
@@ -23,6 +27,8 @@ class Served:
     """None where there are embeddings alone."""
     num_parameters: int
     weight_bytes: int
+    host_bytes: "Sequence[int]"
+    """Of these, those of every layer that is in the host's memory."""
 
     def close(self) -> None:
         """Ends the engine."""
@@ -37,6 +43,7 @@ def open_model(arguments: argparse.Namespace, config: "ServerConfig", engine_con
     import llmlab
     from llmlab.buckets import default_cache_dir
     from llmlab.infer.engine.engine import Engine
+    from llmlab.infer.offload import offloaded_bytes
     from llmlab.infer.server.app import make_service
     from llmlab.infer.server.embedder import Embedder
     from llmlab.infer.server.templates import ChatTemplate
@@ -48,7 +55,15 @@ def open_model(arguments: argparse.Namespace, config: "ServerConfig", engine_con
     tokenizer = llmlab.load_tokenizer(arguments.model)
     template = ChatTemplate(tokenizer, _template(arguments.model, arguments.chat_template))
     placement = _placement(arguments.mesh_tensor)
-    model = _cast(llmlab.load(arguments.model, placement=placement), arguments.dtype)
+    num_offloaded: int = arguments.offload_layers
+    check_offload_layers(arguments.model, num_offloaded)
+    if num_offloaded and placement is not None:
+        raise ValueError(
+            f"{OPTION} {num_offloaded} with --mesh.tensor {arguments.mesh_tensor}: layers are offloaded from one "
+            "device; give one of the two"
+        )
+    model = _cast(llmlab.load(arguments.model, placement=placement, host=num_offloaded > 0), arguments.dtype)
+    model = offloaded(model, num_offloaded)
     leaves = jax.tree.leaves(split(model)[1])
     engine = None
     if _continues_tokens(model):
@@ -65,7 +80,8 @@ def open_model(arguments: argparse.Namespace, config: "ServerConfig", engine_con
     if engine is None and embedder is None:
         raise ValueError(f"{arguments.model} has nothing to serve: it neither continues texts nor embeds them")
     service = make_service(config, tokenizer, engine, embedder=embedder, template=template)
-    return Served(service, engine, sum(p.size for p in leaves), sum(p.nbytes for p in leaves))
+    sizes = sum(p.size for p in leaves), sum(p.nbytes for p in leaves)
+    return Served(service, engine, *sizes, offloaded_bytes(model))
 
 
 def _write_one_token(engine: "Engine") -> None:
@@ -119,8 +135,9 @@ def _cast(model: Any, dtype: str | None) -> Any:
     from llmlab.nn.module import merge, split
 
     graphdef, params = split(model)
+    wanted = jnp.dtype(dtype)
     return merge(
-        graphdef, jax.tree.map(lambda p: p.astype(dtype) if jnp.issubdtype(p.dtype, jnp.floating) else p, params)
+        graphdef, jax.tree.map(lambda p: p.astype(wanted) if jnp.issubdtype(p.dtype, jnp.floating) else p, params)
     )
 
 

@@ -69,7 +69,8 @@ def generate(
     """Continue each prompt, or translate it, as the model does.
 
     Args:
-        model: a decoder, an encoder-decoder or a vision-language model.
+        model: a decoder, an encoder-decoder or a vision-language model; one that is larger than the device's memory
+            through `llmlab.infer.offload`.
         tokenizer: the one it was trained with.
         prompts: one or several, as text or as tokens. Text is continued after the tokenizer's bos token where it has
             one, and an empty one starts from that (or from eos). An encoder-decoder's text gets the tokenizer's own

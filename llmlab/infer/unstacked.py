@@ -85,6 +85,11 @@ def _taken_apart(model: Any) -> Any:
         params = [nnx.split(block)[1] for block in stack.blocks]
         layers = [_alone(layer) for layer in stack.repeats.layers(params)]
         stack.blocks, stack.remainder = nnx.List([]), nnx.List([*layers, *stack.remainder])
+    return laid_out(model)
+
+
+def laid_out(model: Any) -> Any:
+    """The model, changed to how its matrices are best read on the platform that it is traced for."""
     if platform() != "cpu":
         join(model, one_kernel=platform() == "gpu" and lacks() is None)
     return model

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import numpy as np
 
 from llmlab.models import catalog
 from llmlab.models.config import ModelConfig
@@ -36,7 +37,7 @@ FAMILIES: dict[str, HuggingFace] = {
 """Families by the `model_type` of their configs."""
 
 
-def load_hf(directory: str | os.PathLike[str], *, placement: Placement | None = None) -> Any:
+def load_hf(directory: str | os.PathLike[str], *, placement: Placement | None = None, host: bool = False) -> Any:
     """The model of a Hugging Face directory, its parameters in float32.
 
     bfloat16 and float16 weights convert without loss. Needs the memory of the float32 model and of its largest
@@ -46,6 +47,7 @@ def load_hf(directory: str | os.PathLike[str], *, placement: Placement | None = 
         directory: with a config.json and weights.
         placement: a mesh that each parameter goes to as soon as it is read, every device getting its part alone; None
             for the first device.
+        host: leave them in the host's memory instead, as NumPy arrays.
 
     Raises:
         FileNotFoundError: no such directory, or no config or weights in it.
@@ -57,10 +59,10 @@ def load_hf(directory: str | os.PathLike[str], *, placement: Placement | None = 
     model = family.from_hf(config)
     graphdef, shapes, axes = model.abstract()
     shardings = {} if placement is None else flatten(placement.shardings(axes, shapes))
-    leaves: dict[str, jax.Array] = {}
+    leaves: dict[str, jax.Array | np.ndarray] = {}
     with Checkpoint(root) as checkpoint:
         for path, array in load(family.weights, shapes, checkpoint, where=str(root)):
-            leaves[path] = jax.device_put(array, shardings.get(path))
+            leaves[path] = array if host else jax.device_put(array, shardings.get(path))
     return merge(graphdef, unflatten(leaves))
 
 

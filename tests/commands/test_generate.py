@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -17,6 +18,7 @@ from llmlab.infer.sampling import Sampling
 from llmlab.infer.strategies import Beams, Contrastive, Speculation, Strategy
 from llmlab.models import llama, paligemma, t5
 from llmlab.models.huggingface import save_hf
+from llmlab.nn.module import split
 from llmlab.tokenizers import ByteLevelBPE
 
 TEXT = "the cat sat on the mat and the dog sat on the log, again and again; 0123456789 [yes|no]"
@@ -109,6 +111,21 @@ def test_an_encoder_decoder_shows_its_target_alone(models: Path, capsys: pytest.
     assert capsys.readouterr().out == f"{record['text']}\n"
 
 
+@pytest.mark.parametrize(("name", "num_layers"), [("llama", 1), ("t5", 2)])
+def test_layers_in_the_hosts_memory_write_the_same(
+    name: str, num_layers: int, models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And the model is not loaded to the device before they are there."""
+    argv = [str(models / name), "--prompt", "the cat", "--max-new-tokens", "4", "--temperature", "0", "--logprobs", "2"]
+    expected = records(capsys, *argv)
+    loaded = []
+    load = llmlab.load
+    monkeypatch.setattr(llmlab, "load", lambda *args, **options: loaded.append(load(*args, **options)) or loaded[-1])
+    assert records(capsys, *argv, "--offload-layers", str(num_layers)) == expected
+    (model,) = loaded
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(split(model)[1]))
+
+
 def test_the_form_of_the_text(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("llguidance")
     argv = [str(models / "llama"), "--prompt", "a", "--num-samples", "3", "--temperature", "2"]
@@ -158,6 +175,8 @@ def test_an_image_is_looked_at(models: Path, tmp_path: Path, capsys: pytest.Capt
         (["--stop", ""], "stop string is empty"),
         (["--image-std", "0"], "--image-std 0"),
         (["--logit-bias", "5000=1"], "ids run from 0 to 279"),
+        (["--offload-layers", "-1"], "--offload-layers=-1 is not between 0 and the 1 layers of the model"),
+        (["--offload-layers", "2"], "--offload-layers=2 is not between 0 and the 1 layers of the model"),
     ],
 )
 def test_what_is_wrong_with_an_option(

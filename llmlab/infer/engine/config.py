@@ -16,7 +16,8 @@ class EngineConfig:
     num_blocks: int | None = None
     """Blocks of keys and values; None for as many as `memory_fraction` has room for."""
     memory_fraction: float = 0.8
-    """Of the device's memory that weights, blocks and working space may take together."""
+    """Of the device's memory that weights, blocks and working space may take together; layers whose weights wait in the
+    host's memory count as one (see `llmlab.infer.offload`)."""
     cache_dtype: Any = None
     """Storage of keys and values; None for the dtype of the parameters."""
     max_rows: int = 16

@@ -22,7 +22,9 @@ from llmlab.infer.engine.paged import check_layers, new_pools
 from llmlab.infer.engine.programs import Drawn, Program, levels
 from llmlab.infer.engine.request import Request, RequestRefused
 from llmlab.infer.engine.rows import MAX_BIASED, MAX_FORCED, DecodeRow, RowArrays, Seats
+from llmlab.infer.offload import offloaded_bytes
 from llmlab.infer.steps import DecoderSteps, prepare
+from llmlab.nn.module import merge
 from llmlab.sharding.rules import Placement, activate
 
 _SMALLEST_CHUNK = 16
@@ -102,7 +104,8 @@ class Device:
         pools = jax.eval_shape(lambda: new_pools(steps.config, 1, config.block_size, config.cache_dtype))
         block_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pools))
         windows = config.max_rows * of_row  # a decoding call takes copies of its rows' blocks
-        free = self._free_bytes(config.memory_fraction) // block_bytes - windows
+        passing = max(offloaded_bytes(merge(steps.graphdef, self.params)), default=0)
+        free = (self._free_bytes(config.memory_fraction) - passing) // block_bytes - windows
         if free < of_row:
             raise ValueError(
                 f"memory_fraction={config.memory_fraction} leaves room for {max(free, 0)} blocks of {block_bytes:,} "

@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from starlette.testclient import TestClient
 
 from llmlab.commands.serve import main as cli_main
 from llmlab.infer.server import extra
@@ -171,6 +172,43 @@ def run_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     llmlab.save_hf(config.build(nnx.Rngs(params=1)), directory)
     Bytes().build().save(directory)
     return directory
+
+
+def test_layers_in_the_hosts_memory_answer_the_same_and_are_announced(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], run_directory: Path
+) -> None:
+    answers: list[Any] = []
+
+    def ask(server: Server, listening: socket.socket) -> None:
+        app: Any = server.config.app
+        client = TestClient(app, base_url="http://127.0.0.1:8000")
+        body = {"prompt": "a", "max_tokens": 6, "temperature": 0, "logprobs": 2}
+        answers.append(client.post("/v1/completions", json=body).json()["choices"])
+        answers.append(client.post("/v1/embeddings", json={"input": "some text"}).json()["data"])
+
+    monkeypatch.setattr(Server, "serve_on", ask)
+    command = [str(run_directory), "--max-rows", "1", "--max-length", "32", "--num-blocks", "16", "--port", "0"]
+    command += ["--prefill-chunk", "16"]
+    assert cli_main(command) == 0
+    assert "host's memory" not in capsys.readouterr().out
+    assert cli_main([*command, "--offload-layers", "2"]) == 0
+    assert "host        0.0 MiB of the weights, 2 layers, wait in the host's memory" in capsys.readouterr().out
+    assert answers[2:] == answers[:2]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["-1"], "--offload-layers=-1 is not between 0 and the 2 layers of the model"),
+        (["3"], "--offload-layers=3 is not between 0 and the 2 layers of the model"),
+        (["1", "--mesh.tensor", "2"], "--offload-layers 1 with --mesh.tensor 2: .* give one of the two"),
+    ],
+)
+def test_layers_that_cannot_be_in_the_hosts_memory_are_refused(
+    options: list[str], words: str, run_directory: Path
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        cli_main([str(run_directory), "--port", "0", "--offload-layers", *options])
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
