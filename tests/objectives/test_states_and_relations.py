@@ -1,0 +1,108 @@
+"""Matching of states and of attention against NumPy, and what must not matter: padding, rotations, other widths."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llmlab.objectives.relations import attention_transfer, map_error, masked_log_softmax, relation
+from llmlab.objectives.states import cosine_distance, projected_error, statistics_error
+
+B, S, D, E, N, H = 2, 4, 3, 5, 2, 3
+RNG = np.random.default_rng(0)
+X, T = RNG.normal(size=(B, S, D)).astype(np.float32), RNG.normal(size=(B, S, E)).astype(np.float32)
+W = RNG.normal(size=(D, E)).astype(np.float32)
+WEIGHTS = np.asarray([[1, 1, 0, 0], [1, 2, 1, 1]], np.float32)
+ALLOWED = np.tril(np.ones((B, 1, S, S), bool))
+ALLOWED[0, :, :, 3] = False
+
+
+def test_states_equal_their_definitions() -> None:
+    expected = sum(WEIGHTS[b, s] * np.mean((X[b, s] @ W - T[b, s]) ** 2) for b in range(B) for s in range(S))
+    np.testing.assert_allclose(projected_error(*map(jnp.asarray, (X, T, WEIGHTS, W))), expected, rtol=1e-5)
+    other = T[..., :D]
+    plain = (WEIGHTS * ((X - other) ** 2).mean(-1)).sum()
+    np.testing.assert_allclose(projected_error(*map(jnp.asarray, (X, other, WEIGHTS))), plain, rtol=1e-5)
+    cosines = (X * other).sum(-1) / np.linalg.norm(X, axis=-1) / np.linalg.norm(other, axis=-1)
+    np.testing.assert_allclose(
+        cosine_distance(*map(jnp.asarray, (X, other, WEIGHTS))), (WEIGHTS * (1 - cosines)).sum(), rtol=1e-5
+    )
+    moments = (X.mean(-1) - T.mean(-1)) ** 2 + np.abs(X.var(-1) - T.var(-1))
+    np.testing.assert_allclose(
+        statistics_error(*map(jnp.asarray, (X, T, WEIGHTS))), (WEIGHTS * moments).sum(), rtol=1e-5
+    )
+
+
+def test_directions_alone_count_for_cosines_and_a_state_of_nothing_has_a_gradient() -> None:
+    x, weights = jnp.asarray(X), jnp.asarray(WEIGHTS)
+    np.testing.assert_allclose(cosine_distance(x, 7.0 * x, weights), 0.0, atol=1e-5)
+    np.testing.assert_allclose(cosine_distance(x, -x, weights), 2 * WEIGHTS.sum(), rtol=1e-5)
+    assert np.all(np.isfinite(jax.grad(lambda x: cosine_distance(x, jnp.asarray(X), weights))(jnp.zeros_like(x))))
+
+
+@pytest.mark.parametrize("function", [projected_error, cosine_distance, statistics_error])
+def test_teachers_states_have_no_gradient(function: Any) -> None:
+    x, weights = jnp.asarray(X), jnp.asarray(WEIGHTS)
+    assert not np.any(jax.grad(lambda t: function(x, t, weights))(x + 1.0))
+
+
+def masked(logits: np.ndarray, allowed: np.ndarray) -> np.ndarray:
+    e = np.where(allowed, np.exp(logits.astype(np.float64)), 0.0)
+    return e / np.maximum(e.sum(-1, keepdims=True), 1e-300)
+
+
+def kl_by_hand(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    return np.where(p > 0, p * np.log(np.where(p > 0, p, 1) / np.where(p > 0, q, 1)), 0).sum(-1)
+
+
+def test_attention_maps_and_transfer_equal_their_definitions() -> None:
+    a, b = RNG.normal(size=(2, B, N, S, S)).astype(np.float32)
+    seen = ALLOWED.sum(-1)
+    expected = (WEIGHTS * (np.where(ALLOWED, (a - b) ** 2, 0).sum(-1) / np.maximum(seen, 1)).mean(1)).sum()
+    np.testing.assert_allclose(map_error(*map(jnp.asarray, (a, b, ALLOWED, WEIGHTS))), expected, rtol=1e-5)
+    logs = [masked_log_softmax(jnp.asarray(x), jnp.asarray(ALLOWED)) for x in (a, b)]
+    np.testing.assert_allclose(np.exp(logs[0]), masked(a, ALLOWED), rtol=1e-5, atol=1e-7)
+    divergence = (WEIGHTS * kl_by_hand(masked(b, ALLOWED), masked(a, ALLOWED)).mean(1)).sum()
+    np.testing.assert_allclose(attention_transfer(*logs, jnp.asarray(WEIGHTS)), divergence, rtol=1e-5)
+
+
+def test_relations_equal_their_definition_and_do_not_know_rotations_of_a_head() -> None:
+    x = RNG.normal(size=(B, S, N, H)).astype(np.float32)
+    found = np.asarray(relation(jnp.asarray(x), jnp.asarray(ALLOWED), 3))
+    split = x.reshape(B, S, 3, 2)
+    expected = masked(np.einsum("bsrd,btrd->brst", split, split) / np.sqrt(2), ALLOWED)
+    np.testing.assert_allclose(np.exp(found), expected, rtol=1e-5, atol=1e-7)
+    turn = np.linalg.qr(RNG.normal(size=(2, 2)))[0].astype(np.float32)
+    turned = (split @ turn).reshape(x.shape)
+    np.testing.assert_allclose(relation(jnp.asarray(turned), jnp.asarray(ALLOWED), 3), found, rtol=1e-4, atol=1e-5)
+
+
+def test_a_student_of_another_width_and_head_count_can_have_the_same_relations() -> None:
+    x = RNG.normal(size=(B, S, 1, 4)).astype(np.float32)
+    # Twice as wide, each number twice: products double, and the root of the width takes sqrt(2) of it.
+    wide = np.repeat(x, 2, axis=-1).reshape(B, S, 4, 2) / np.float32(2**0.25)
+    args = (jnp.asarray(ALLOWED), 2)
+    weights = jnp.asarray(WEIGHTS)
+    same = attention_transfer(relation(jnp.asarray(x), *args), relation(jnp.asarray(wide), *args), weights)
+    np.testing.assert_allclose(same, 0.0, atol=1e-5)
+    with pytest.raises(ValueError, match="relation_heads=3 does not divide 4"):
+        relation(jnp.asarray(x), jnp.asarray(ALLOWED), 3)
+
+
+def test_what_no_query_sees_changes_nothing_and_gives_finite_gradients() -> None:
+    x = jnp.asarray(RNG.normal(size=(B, S, N, H)), jnp.float32)
+    allowed = np.array(ALLOWED)
+    allowed[:, :, :, 2:] = False
+    allowed[0, 0, 1] = False  # a query that sees nothing
+    moved = x.at[:, 2:].add(9.0)
+    weights = jnp.asarray(np.asarray([[1, 1, 0, 0], [1, 1, 0, 0]], np.float32))
+
+    def loss(y: Any) -> Any:
+        return attention_transfer(
+            relation(y, jnp.asarray(allowed), N), relation(x + 0.3, jnp.asarray(allowed), N), weights
+        )
+
+    np.testing.assert_allclose(loss(moved), loss(x), rtol=1e-6)
+    assert np.all(np.isfinite(jax.grad(loss)(x)))
