@@ -21,7 +21,7 @@ from llmlab.config import to_json
 from llmlab.data.dataset import Dataset, ValidationSplit
 from llmlab.data.prefetch import prefetch
 from llmlab.data.store import default_cache_dir
-from llmlab.nn.module import Params, merge
+from llmlab.nn.module import Params
 from llmlab.sharding import Placement, cluster
 from llmlab.sharding.cluster import Cluster
 from llmlab.sharding.pipeline import AXIS, Schedule
@@ -88,7 +88,8 @@ class Session:
             # Collectives give up on a process that is half a minute late, and compiling takes longer than that.
             self.processes.meet("compiled")
             log.cut_back(start)
-            self.started(start, {"data": dataset.fingerprint, "tokenizer": tokenizer.fingerprint})
+            brought = {} if program.companion is None else program.companion.fingerprints
+            self.started(start, {"data": dataset.fingerprint, "tokenizer": tokenizer.fingerprint, **brought})
             speed = throughput(program, self.experiment.train.steps)
             parts = self._parts(program, dataset, checkpoints, log, speed)
             self.phases.begin("train")
@@ -96,12 +97,13 @@ class Session:
             state = train(state, start, parts, unevaluated=unevaluated)
         self.phases.begin("summary")
         summary = self.summary(program, dataset, speed, wait(counted)) if writes else {}
-        return merge(program.graphdef, state.params), tokenizer, summary
+        return program.finished(state.params), tokenizer, summary
 
     def program(self, tokenizer: Tokenizer, dataset: Dataset) -> Program:
         """What the devices will do, compiled if an equal one was compiled before. Raises ValueError where model and
         data do not fit."""
         model = self.experiment.model.with_vocabulary(tokenizer.vocab_size)
+        self.experiment.objective.check_tokenizer(tokenizer)
         _check_labels(model.num_labels, dataset.num_labels)
         model.check_batch(dataset.validation.batch(0))
         return self.programs.build(
@@ -173,6 +175,13 @@ class Session:
         built: list[Dataset] = []
         self.processes.lead("tokens", lambda: built.append(build()))
         dataset = built[0] if built else build()
+        dataset = self.experiment.objective.dataset(
+            dataset,
+            steps=config.steps,
+            seed=config.seed,
+            sequence_length=config.sequence_length,
+            tokenizer=tokenizer,
+        )
         for remark in dataset.remarks:
             self.report.message(remark, "warning")
         return dataset
@@ -236,7 +245,7 @@ class Session:
         for record in read_metrics(self.directory.path):
             latest |= record
             speeds += [record["tokens_per_second"]] if "tokens_per_second" in record else []
-        loss, unit = latest["validation/loss"], self.experiment.objective.unit
+        loss, unit = latest["validation/loss"], self.experiment.objective.plain.unit
         names = [name for name in latest if name in ("step", "tokens", "train/loss") or name.startswith("validation/")]
         summary = {name: latest[name] for name in names} | {
             "unit": unit,
@@ -244,7 +253,7 @@ class Session:
             "num_parameters": program.num_parameters,
             "flops_per_token": speed.flops_per_token,
         }
-        if self.experiment.objective.perplexity and loss < _MAX_EXPONENT:
+        if self.experiment.objective.plain.perplexity and loss < _MAX_EXPONENT:
             summary["validation/perplexity"] = math.exp(loss)
         if dataset.bytes_per_token is not None:
             summary["validation/bits_per_byte"] = loss / (dataset.bytes_per_token * math.log(2))
