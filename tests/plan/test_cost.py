@@ -183,6 +183,14 @@ def test_custom_derivatives_count_what_they_say() -> None:
     assert count(jax.grad(lambda x: jnp.sum(jnp.square(own_tangent(x)))), square).matmul_flops == 2 * 4**3
 
 
+def test_what_a_counted_function_makes_of_nothing_costs_what_it_is() -> None:
+    @jax.jit
+    def blocked_matmul() -> jax.Array:
+        return jnp.full((3,), 2.0) * 3.0
+
+    assert count(blocked_matmul).flops == 3
+
+
 def test_a_condition_costs_its_most_expensive_branch() -> None:
     def function(p: jax.Array, x: jax.Array) -> jax.Array:
         return jax.lax.switch(p, [lambda x: x, lambda x: x @ x @ x, lambda x: x @ x], x)
