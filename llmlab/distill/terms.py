@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from llmlab.distill.layers import LastLayers, LayerMap, Uniform, num_layers
 from llmlab.nn.capture import What
@@ -51,7 +51,7 @@ class Views:
     factors: Float[Array, "P"]
     """Of every pair of layers; they sum to one."""
 
-    def matched(self, name: What) -> tuple[Float[Array, "P ..."], Float[Array, "P ..."]]:
+    def matched(self, name: What) -> tuple[Shaped[Array, "P ..."], Shaped[Array, "P ..."]]:
         """The student's and the teacher's layers that belong together."""
         mine, theirs = (np.asarray(side) for side in zip(*self.pairs, strict=True))
         return self.student[name][mine], self.teacher[name][theirs]

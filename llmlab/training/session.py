@@ -138,24 +138,8 @@ class Session:
 
     def _new_tokenizer(self) -> Tokenizer:
         """One that was trained before on the same data, or else a new one."""
-        experiment, report = self.experiment, self.report
-        self.phases.begin("tokenizer", type(experiment.tokenizer).__name__)
-        trained_from = (to_json(experiment.tokenizer) + experiment.data.fingerprint()).encode()
-        cached = default_cache_dir() / "tokenizers" / hashlib.sha256(trained_from).hexdigest()[:32]
-        if (cached / "llmlab_tokenizer.json").exists():
-            tokenizer = load_tokenizer(cached)
-        else:
-            asked = False
-
-            def texts() -> Iterator[str]:
-                nonlocal asked
-                asked = True
-                return experiment.data.training_texts()
-
-            tokenizer = experiment.tokenizer.build(texts, progress=report.progress)
-            if asked:  # one that is opened from a path belongs to its path
-                tokenizer.save(cached)
-        return tokenizer
+        self.phases.begin("tokenizer", type(self.experiment.tokenizer).__name__)
+        return tokenizer_for(self.experiment, self.report.progress)
 
     def dataset(self, tokenizer: Tokenizer) -> Dataset:
         """What it reads, in tokens."""
@@ -263,6 +247,27 @@ class Session:
             summary["mfu"] = summary["model_flops_per_second"] / speed.peak.flops_per_second
             summary["mfu_convention"] = f"MFU of {speed.peak.source}; {FLOP_CONVENTION}"
         return summary
+
+
+def tokenizer_for(
+    experiment: "Experiment", progress: Callable[[int, int | None, str], None] | None = None
+) -> Tokenizer:
+    """The tokenizer of an experiment: one that was trained before on the same data, or else a new one."""
+    trained_from = (to_json(experiment.tokenizer) + experiment.data.fingerprint()).encode()
+    cached = default_cache_dir() / "tokenizers" / hashlib.sha256(trained_from).hexdigest()[:32]
+    if (cached / "llmlab_tokenizer.json").exists():
+        return load_tokenizer(cached)
+    asked = False
+
+    def texts() -> Iterator[str]:
+        nonlocal asked
+        asked = True
+        return experiment.data.training_texts()
+
+    tokenizer = experiment.tokenizer.build(texts, progress=progress)
+    if asked:  # one that is opened from a path belongs to its path
+        tokenizer.save(cached)
+    return tokenizer
 
 
 def validation(state: TrainState, evaluate: Callable[[Params], Mapping[str, Any] | None]) -> dict[str, Any] | None:

@@ -46,7 +46,7 @@ def experiment_of(corpus: Path) -> Callable[..., Experiment]:
             data=Packed(TextFiles(str(corpus), separator="\n"), validation_fraction=0.2),
             objective=objective,
             optimizer=SGD(peak_lr=0.5, schedule=Constant(), clip_norm=None),
-            mesh=Mesh(data=1),
+            mesh=Mesh(),
             train=Train(**settings | {"evaluate_batches": 1, "evaluate_every": 0} | train),
         )
 

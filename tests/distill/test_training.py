@@ -39,7 +39,7 @@ def same_trees(found: Any, expected: Any) -> None:
 
 def logits(model: Any, batch: Any) -> Any:
     names = ("input_ids", "segment_ids", "position_ids")
-    return model(**{name: batch[name] for name in names}).logits
+    return model(**{name: jnp.asarray(batch[name]) for name in names}).logits
 
 
 def plain_loss(graphdef: Any, params: Any, theirs: Any, batch: Any, temperature: float, labels: float) -> Any:

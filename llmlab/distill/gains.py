@@ -1,0 +1,154 @@
+"""What distillation gained: teacher, student, and the same student without a teacher, measured alike.
+
+    gap closed = (scratch - student) / (scratch - teacher)         0: the teacher taught nothing, 1: the student is as good
+
+All three are scored by one objective on one validation split, and timed on one batch of it. Parameters and FLOPs say what
+each costs to use, tokens/s what this machine makes of that. The two students saw the same rows in the same order, from
+the same initial values; one pair of runs says nothing of luck: for a verdict compare pairs of seeds (llmlab ablate).
+"""
+
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from llmlab.distill.objective import Distill
+from llmlab.nn.module import Params, split
+from llmlab.objectives import Objective
+from llmlab.training.evaluation import evaluate
+from llmlab.training.program import Program
+
+_REPEATS = 9  # forward passes that are timed: the median of an odd number is one of them
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entrant:
+    """One of the three."""
+
+    name: str
+    """"teacher", "student" or "scratch"."""
+    source: str
+    """Where it is from."""
+    loss: float
+    """Plain loss on the validation split, nats per token (or what the objective counts)."""
+    num_parameters: int
+    """Of the model."""
+    flops_per_token: float
+    """Of a forward pass, by the model's formula."""
+    tokens_per_second: float
+    """Of a forward pass over a validation batch, measured here: the median of nine."""
+
+
+def without_teacher(experiment: Any) -> Any:
+    """The experiment in which the student learns from the data alone.
+
+    Raises:
+        ValueError: it has no teacher, or nothing could be learned without one.
+    """
+    objective = experiment.objective
+    if not isinstance(objective, Distill):
+        raise ValueError(
+            f"objective={type(objective).__name__} has no teacher; llmlab distill compares an experiment with "
+            'objective=Distill(teacher="RUN"), and llmlab train trains any'
+        )
+    if objective.base is None:
+        raise ValueError(
+            "objective.base is None: without its teacher the student has nothing to learn, so there is no baseline; give "
+            "a base, or train with llmlab train and measure the run"
+        )
+    return dataclasses.replace(experiment, objective=objective.base)
+
+
+def gap_closed(*, teacher: float, student: float, scratch: float) -> float | None:
+    """Fraction of the distance from scratch to the teacher; None where the teacher is no better than scratch."""
+    gap = scratch - teacher
+    return (scratch - student) / gap if gap > 0 else None
+
+
+def compare(
+    experiment: Any, student: Any, scratch: Any, tell: Callable[[str], None] = lambda _: None
+) -> dict[str, Any]:
+    """Measures all three.
+
+    Args:
+        experiment: with its teacher.
+        student: the finished run of it (`llmlab.runs.Run`).
+        scratch: the finished run without the teacher.
+        tell: told what is measured.
+
+    Returns:
+        Plain JSON values: "entrants" by name, "gap_closed", "training" of the two runs.
+    """
+    from llmlab.runs import load, load_config
+
+    objective = experiment.objective
+    base, tokenizer = without_teacher(experiment).objective, student.tokenizer
+    train = experiment.train
+    dataset = experiment.data.build(
+        tokenizer, sequence_length=train.sequence_length, batch_size=train.batch_size, seed=train.seed
+    )
+    configs = {
+        "teacher": (load_config(objective.teacher), lambda: split(load(objective.teacher))[1], objective.teacher),
+        "student": (load_config(student.directory), lambda: split(student.model)[1], str(student.directory)),
+        "scratch": (load_config(scratch.directory), lambda: split(scratch.model)[1], str(scratch.directory)),
+    }
+    entrants: dict[str, Entrant] = {}
+    for name, (config, params, source) in configs.items():
+        tell(f"measuring {name}")
+        entrants[name] = measured(name, Path(source).name, config, params(), base, experiment, dataset)
+    losses = {name: entrant.loss for name, entrant in entrants.items()}
+    return {
+        "format": 1,
+        "unit": base.unit,
+        "entrants": {name: dataclasses.asdict(entrant) for name, entrant in entrants.items()},
+        "gap_closed": gap_closed(**losses),
+        "gained": losses["scratch"] - losses["student"],
+        "training": {name: trained(run.summary) for name, run in (("student", student), ("scratch", scratch))},
+    }
+
+
+def measured(
+    name: str, source: str, config: Any, params: Params, base: Objective, experiment: Any, dataset: Any
+) -> Entrant:
+    """A model scored and timed."""
+    batch = dataset.validation.batch(0)
+    placement = experiment.mesh.build(jax.devices())
+    program = Program.build(config, base, experiment.optimizer, placement, experiment.train, batch)
+    where: Any = jax.tree.map(lambda x: x.sharding, program.state.params)
+    params = jax.tree.map(jax.device_put, params, where)
+    metrics = evaluate(
+        program.evaluate_step, params, dataset.validation, program.place, max_batches=experiment.train.evaluate_batches
+    )
+    assert metrics is not None, "nobody asks to stop"
+    placed, seconds = program.place(batch), []
+    for _ in range(_REPEATS):
+        began = time.perf_counter()
+        jax.block_until_ready(program.evaluate_step(params, placed))
+        seconds.append(time.perf_counter() - began)
+    tokens = config.num_tokens(program.shapes)
+    return Entrant(
+        name=name,
+        source=source,
+        loss=metrics["loss"],
+        num_parameters=program.num_parameters,
+        flops_per_token=config.flops(program.shapes, training=False) / tokens,
+        tokens_per_second=tokens / statistics.median(seconds),
+    )
+
+
+def trained(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run's training cost."""
+    seconds = summary.get("seconds", {})
+    found = {
+        "steps": summary.get("step"),
+        "tokens": summary.get("tokens"),
+        "tokens_per_second": summary.get("tokens_per_second"),
+        "seconds": seconds.get("train"),
+    }
+    return {name: value for name, value in found.items() if value is not None and math.isfinite(value)}

@@ -1,0 +1,209 @@
+"""Caches: training from one equals training with the teacher, and nothing that is torn or another's is used."""
+
+import dataclasses
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import llmlab
+from llmlab.distill import Distill, JensenShannon, Predictions, ReverseKL, States
+from llmlab.distill import cache as caches
+from llmlab.distill.cache import Cache, CacheError, DiskFull, Key, Layout
+from llmlab.distill.writing import write_cache
+from llmlab.nn.module import split
+from llmlab.objectives import NextToken
+from tests.distill.conftest import TEACHER
+
+VOCABULARY = 384
+
+
+@pytest.fixture(scope="module")
+def whole(teacher: str, experiment_of: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of whole distributions in float32, softened by 2."""
+    directory = tmp_path_factory.mktemp("caches") / "whole"
+    objective = Distill(teacher=teacher, terms=(Predictions(temperature=2.0),))
+    write_cache(experiment_of(objective), directory, entries=VOCABULARY, dtype="float32", rows_per_shard=5)
+    return directory
+
+
+@pytest.mark.parametrize("divergence", [None, JensenShannon(beta=0.4)], ids=["forward", "jsd"])
+def test_training_from_a_cache_of_whole_distributions_equals_training_with_the_teacher(
+    divergence: Any, whole: Path, teacher: str, experiment_of: Any, tmp_path: Path
+) -> None:
+    changes = {} if divergence is None else {"divergence": divergence}
+    terms = (Predictions(temperature=2.0, labels=0.2, **changes),)
+    live = llmlab.train(experiment_of(Distill(teacher=teacher, terms=terms)), tmp_path / "live")
+    cached = llmlab.train(experiment_of(Distill(teacher=teacher, terms=terms, cache=str(whole))), tmp_path / "cached")
+    # Log-probabilities in float32 are off by 1e-7; two steps at a rate of 0.5 keep that.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+        split(cached.model)[1],
+        split(live.model)[1],
+    )
+    np.testing.assert_allclose(cached.summary["validation/loss"], live.summary["validation/loss"], rtol=1e-5)
+    assert sum(x.size for x in jax.tree.leaves(split(cached.model)[1])) < sum(
+        x.size for x in jax.tree.leaves(TEACHER.with_vocabulary(VOCABULARY).abstract()[1])
+    )
+
+
+def test_a_cache_of_few_entries_trains_too_and_drawn_ones(teacher: str, experiment_of: Any, tmp_path: Path) -> None:
+    objective = Distill(teacher=teacher)
+    losses = {}
+    for kind in ("top-k", "sampled"):
+        cache = write_cache(experiment_of(objective), tmp_path / kind, kind=kind, entries=16)
+        run = llmlab.train(
+            experiment_of(dataclasses.replace(objective, cache=str(cache.directory))), tmp_path / f"run-{kind}"
+        )
+        losses[kind] = run.metrics[0]["train/divergence"]
+    live = llmlab.train(experiment_of(objective), tmp_path / "live").metrics[0]["train/divergence"]
+    assert 0 < losses["top-k"] < live  # outcomes that are joined: a lower bound
+    assert losses["sampled"] > live  # the cross-entropy of 16 draws: their own entropy is log 16 at most
+    with pytest.raises(ValueError, match=r"drawn tokens, which estimate ForwardKL\(\) alone"):
+        reverse = Distill(
+            teacher=teacher, terms=(Predictions(divergence=ReverseKL()),), cache=str(tmp_path / "sampled")
+        )
+        llmlab.train(experiment_of(reverse), tmp_path / "reverse")
+
+
+def cached(teacher: str, directory: Path, temperature: float = 2.0) -> Distill:
+    return Distill(teacher=teacher, terms=(Predictions(temperature=temperature),), cache=str(directory))
+
+
+def test_a_cache_of_something_else_is_refused(
+    whole: Path, teacher: str, experiment_of: Any, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    other = tmp_path_factory.mktemp("other") / "teacher"
+    llmlab.train(experiment_of(NextToken(), TEACHER, seed=8), other)
+    cases = {
+        "teacher: made for": experiment_of(cached(str(other), whole)),
+        "seed: made for 0, asked for 1": experiment_of(cached(teacher, whole), seed=1),
+        "temperature: made for 2.0, asked for 1.0": experiment_of(cached(teacher, whole, 1.0)),
+        "sequence_length: made for 12, asked for 10": experiment_of(cached(teacher, whole), sequence_length=10),
+        "has 16 rows and the run reads 24": experiment_of(cached(teacher, whole), steps=3),
+        "it has no manifest.json": experiment_of(cached(teacher, tmp_path)),
+    }
+    for number, (message, experiment) in enumerate(cases.items()):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            llmlab.train(experiment, tmp_path / f"run-{number}")
+    changed = experiment_of(cached(teacher, whole))
+    changed = dataclasses.replace(changed, data=dataclasses.replace(changed.data, validation_fraction=0.3))
+    with pytest.raises(ValueError, match="data: made for"):
+        llmlab.train(changed, tmp_path / "data")
+
+
+def test_what_a_cache_cannot_hold_is_refused_when_it_is_written_down(teacher: str) -> None:
+    with pytest.raises(ValueError, match="terms over layers and on_policy need the teacher itself"):
+        Distill(teacher=teacher, terms=(Predictions(), States()), cache="x")
+
+
+KEY = Key(teacher="t", data="d", tokenizer="k", sequence_length=4, seed=0, temperature=1.0)
+LAYOUT = Layout(kind="top-k", entries=2, places=4, rows_per_shard=3)
+
+
+def rows(numbers: np.ndarray) -> Any:
+    shapes = LAYOUT.fields(len(numbers))
+    found = {name: np.zeros(shape, dtype) for name, (dtype, shape) in shapes.items()}
+    found["check"] = numbers.astype(np.uint32)
+    found["ids"] += numbers[:, None, None].astype(np.uint16)
+    return found
+
+
+def test_what_is_written_is_read_row_by_row_in_any_order(tmp_path: Path) -> None:
+    cache = Cache.begin(tmp_path / "c", KEY, LAYOUT, 8)
+    caches.fill(cache, rows, lambda done, total: None)
+    numbers = np.asarray([7, 0, 4, 3])
+    found = Cache(tmp_path / "c").read(numbers, numbers.astype(np.uint32))
+    np.testing.assert_array_equal(found["ids"][:, 0, 0], numbers)
+    with pytest.raises(CacheError, match="row 4 was written for other tokens"):
+        cache.read(numbers, np.asarray([7, 0, 5, 3], np.uint32))
+
+
+def test_a_full_disk_leaves_whole_shards_and_the_same_call_goes_on(tmp_path: Path, monkeypatch: Any) -> None:
+    cache = Cache.begin(tmp_path / "c", KEY, LAYOUT, 9)
+    real, calls = os.fsync, []
+
+    def full(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DiskFull, match="3 of 9 rows are there and whole; free some space"):
+        caches.fill(cache, rows, lambda done, total: None)
+    assert sorted(path.name for path in cache.directory.iterdir()) == ["manifest.json", "rows-00000000.zst"]
+    asked: list[int] = []
+    again = Cache.begin(tmp_path / "c", KEY, LAYOUT, 9)
+    caches.fill(again, lambda numbers: asked.extend(numbers.tolist()) or rows(numbers), lambda done, total: None)
+    assert asked == [3, 4, 5, 6, 7, 8]
+    assert again.complete() == 9
+
+
+def test_a_killed_writer_leaves_nothing_half_written(tmp_path: Path) -> None:
+    program = f"""
+import os, signal
+import numpy as np
+from pathlib import Path
+from llmlab.distill import cache as caches
+key = caches.Key(teacher="t", data="d", tokenizer="k", sequence_length=4, seed=0, temperature=1.0)
+layout = caches.Layout(kind="top-k", entries=2, places=4, rows_per_shard=3)
+cache = caches.Cache.begin(Path({str(tmp_path / "c")!r}), key, layout, 9)
+real, calls = os.fsync, []
+def kill(descriptor):
+    calls.append(1)
+    real(descriptor)
+    if len(calls) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+os.fsync = kill
+zeros = {{name: np.zeros(shape, dtype) for name, (dtype, shape) in layout.fields(3).items()}}
+caches.fill(cache, lambda numbers: zeros, lambda done, total: None)
+"""
+    done = subprocess.run([sys.executable, "-c", program], check=False)
+    assert done.returncode < 0
+    names = sorted(path.name for path in (tmp_path / "c").iterdir())
+    assert names[1:] == ["manifest.json", "rows-00000000.zst"]
+    assert names[0].startswith(".rows-00000003.")  # never has the name of a shard, and the next writer removes it
+    cache = Cache.begin(tmp_path / "c", KEY, LAYOUT, 9)
+    assert cache.complete() == 3
+    assert sorted(path.name for path in cache.directory.iterdir()) == names[1:]
+
+
+def test_damage_is_found_and_told(tmp_path: Path) -> None:
+    cache = Cache.begin(tmp_path / "c", KEY, LAYOUT, 3)
+    caches.fill(cache, rows, lambda done, total: None)
+    shard = cache.directory / "rows-00000000.zst"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    shard.write_bytes(content)
+    numbers = np.arange(3)
+    with pytest.raises(CacheError, match="is damaged"):
+        Cache(cache.directory).read(numbers, numbers.astype(np.uint32))
+    shard.write_bytes(bytes(content[:-6]))
+    with pytest.raises(CacheError, match="is damaged"):
+        Cache(cache.directory).read(numbers, numbers.astype(np.uint32))
+    shard.unlink()
+    with pytest.raises(CacheError, match="has 0 of 3 rows"):
+        Cache(cache.directory).read(numbers, numbers.astype(np.uint32))
+    manifest = cache.directory / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"layout": {"kind": "top-k"}}))
+    with pytest.raises(CacheError, match="does not describe a cache"):
+        Cache(cache.directory)
+
+
+def test_a_directory_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("precious")
+    with pytest.raises(CacheError, match="not empty and no cache"):
+        Cache.begin(tmp_path, KEY, LAYOUT, 3)
+    Cache.begin(tmp_path / "c", KEY, LAYOUT, 3)
+    with pytest.raises(CacheError, match="was begun as"):
+        Cache.begin(tmp_path / "c", KEY, dataclasses.replace(LAYOUT, entries=3), 3)
+    with pytest.raises(CacheError, match="teacher: made for t, asked for u"):
+        Cache.begin(tmp_path / "c", dataclasses.replace(KEY, teacher="u"), LAYOUT, 3)
