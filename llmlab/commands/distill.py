@@ -60,8 +60,8 @@ def _compare(arguments: argparse.Namespace, flags: Sequence[str]) -> int:
     from llmlab import runs
     from llmlab.config import config_hash
     from llmlab.data.store import default_cache_dir
-    from llmlab.distill import gains
     from llmlab.display.terminal import terminal_report
+    from llmlab.distill import gains
     from llmlab.training import compilation_cache
     from llmlab.training.directory import write_json, write_text
     from llmlab.training.report import NullReport
@@ -145,7 +145,7 @@ def _write_cache(arguments: argparse.Namespace, flags: Sequence[str]) -> int:
         print(json.dumps(about))
     else:
         print(
-            f"{cache.rows:,} rows of {cache.layout.places} places, {size / 1e6:,.1f} MB ({size / places:.0f} bytes a place). "
+            f"{cache.rows:,} rows of {cache.layout.places} places, {size / 1e6:,.1f} MB ({size / places:.0f} a place). "
             f"Train from it:\n  llmlab train {path} --objective.cache {arguments.out}"
         )
     return 0

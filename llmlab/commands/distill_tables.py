@@ -41,8 +41,8 @@ def rows(results: Mapping[str, Any]) -> list[list[str]]:
 def remarks(results: Mapping[str, Any]) -> list[str]:
     """What is to be known beside the table."""
     found = [
-        f"The loss is in nats per {results['unit']} on the validation split; FLOPs and tokens/s are of a forward pass; gap "
-        "closed is the student's part of the way from scratch to the teacher."
+        f"The loss is in nats per {results['unit']} on the validation split; FLOPs and tokens/s are of a forward pass; "
+        "gap closed is the student's part of the way from scratch to the teacher."
     ]
     if results["gap_closed"] is None:
         found.append("The teacher is no better than the student from scratch: there is no gap to close.")

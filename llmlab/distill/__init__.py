@@ -14,6 +14,7 @@ from llmlab.distill.terms import (
     States,
     Term,
 )
+from llmlab.distill.texts import Greedy, Sampled, TeacherTexts
 from llmlab.objectives.divergences import ForwardKL, JensenShannon, ReverseKL, TotalVariation
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "FeatureMaps",
     "FirstLayers",
     "ForwardKL",
+    "Greedy",
     "JensenShannon",
     "LastLayers",
     "LayerMap",
@@ -33,7 +35,9 @@ __all__ = [
     "Predictions",
     "Relations",
     "ReverseKL",
+    "Sampled",
     "States",
+    "TeacherTexts",
     "Term",
     "TotalVariation",
     "Uniform",

@@ -4,14 +4,14 @@
     rows-00000000.zst          rows 0, 1, ... of the training stream: of every place some entries of the distribution
     rows-00000512.zst          the next ones
 
-A step with a live teacher costs the teacher's forward pass every time; a cache costs it once, and disk: k entries of 6
-bytes a place (k = 32, bfloat16 would not do: log-probabilities are kept as float16 or float32). Which entries, is
-explained in llmlab.objectives.soft_targets.
+A step with a live teacher costs the teacher's forward pass every time; a cache costs it once, and disk: 4 bytes an
+entry for vocabularies up to 65,536 (2 for the token, 2 for its log-probability in float16, off by 0.004 at most down
+to e^-16), before compression. Which entries, is explained in llmlab.objectives.soft_targets.
 
-A shard is compressed with its checksum, written under another name, flushed and renamed: one that has its name is whole,
-whatever happened to the process, the machine or the disk. What is missing is computed by the same call again. Every row
-carries a checksum of its tokens, so that a row is never given another one's teacher, and the manifest names the teacher
-(by its weights), the data, the tokenizer, the seed and the temperature.
+A shard is compressed with its checksum, written under another name, flushed and renamed: one that has its name is
+whole, whatever happened to the process, the machine or the disk. What is missing is computed by the same call again.
+Every row carries a checksum of its tokens, so that a row is never given another one's teacher, and the manifest names
+the teacher (by its weights), the data, the tokenizer, the seed and the temperature.
 """
 
 import contextlib
@@ -228,8 +228,8 @@ class Cache:
             content = zstandard.ZstdDecompressor().decompress(path.read_bytes())
         except FileNotFoundError:
             raise CacheError(
-                f"{self.directory} has {self.complete()} of {self.rows} rows, and the run needs row {first}; give llmlab "
-                "distill cache again, which goes on from there"
+                f"{self.directory} has {self.complete()} of {self.rows} rows, and the run needs row {first}; give "
+                "llmlab distill cache again, which goes on from there"
             ) from None
         except zstandard.ZstdError as error:
             raise CacheError(f"{path} is damaged ({error}); remove it and give llmlab distill cache again") from None

@@ -197,7 +197,7 @@ def layout_for(program: Program, kind: Any, entries: int, dtype: Any, rows_per_s
     assert isinstance(program.companion, Teacher)
     size = program.companion.num_tokens
     assert size is not None
-    if not 1 <= entries or (kind == "top-k" and entries > size):
+    if not entries >= 1 or (kind == "top-k" and entries > size):
         raise ValueError(f"--entries {entries} is not between 1 and the vocabulary's {size}")
     labels = program.shapes.get("masked_positions", program.shapes["labels"])
     return Layout(

@@ -1,10 +1,11 @@
 """What distillation gained: teacher, student, and the same student without a teacher, measured alike.
 
-    gap closed = (scratch - student) / (scratch - teacher)         0: the teacher taught nothing, 1: the student is as good
+    gap closed = (scratch - student) / (scratch - teacher)      0: nothing was taught, 1: the student is as good
 
-All three are scored by one objective on one validation split, and timed on one batch of it. Parameters and FLOPs say what
-each costs to use, tokens/s what this machine makes of that. The two students saw the same rows in the same order, from
-the same initial values; one pair of runs says nothing of luck: for a verdict compare pairs of seeds (llmlab ablate).
+All three are scored by one objective on one validation split, and timed on one batch of it. Parameters and FLOPs say
+what each costs to use, tokens/s what this machine makes of that. The two students saw the same rows in the same order,
+from the same initial values; one pair of runs says nothing of luck: for a verdict compare pairs of seeds (llmlab
+ablate).
 """
 
 import dataclasses
@@ -59,8 +60,8 @@ def without_teacher(experiment: Any) -> Any:
         )
     if objective.base is None:
         raise ValueError(
-            "objective.base is None: without its teacher the student has nothing to learn, so there is no baseline; give "
-            "a base, or train with llmlab train and measure the run"
+            "objective.base is None: without its teacher the student has nothing to learn, so there is no baseline; "
+            "give a base, or train with llmlab train and measure the run"
         )
     return dataclasses.replace(experiment, objective=objective.base)
 

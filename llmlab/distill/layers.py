@@ -44,8 +44,8 @@ class Uniform(LayerMap):
     def pairs(self, student: int, teacher: int) -> Pairs:
         if teacher % student:
             raise ValueError(
-                f"Uniform() cannot share {teacher} layers of the teacher out to {student} of the student: {student} does "
-                f"not divide {teacher}; use LastLayers(), FirstLayers() or Explicit(pairs=(...))"
+                f"Uniform() cannot share {teacher} layers of the teacher out to {student} of the student: {student} "
+                f"does not divide {teacher}; use LastLayers(), FirstLayers() or Explicit(pairs=(...))"
             )
         return tuple((i, (i + 1) * (teacher // student) - 1) for i in range(student))
 

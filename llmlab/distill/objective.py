@@ -8,8 +8,8 @@
 
 It is an objective as any other: the same data, the same train step. The teacher's parameters are an argument of the
 step, laid out by the mesh's rules, never differentiated, with no optimizer state; a step costs the student's and the
-teacher's forward pass. "loss" stays the plain loss of `base`, so that a student can be compared with one that was trained
-without a teacher; "distillation" is what is minimised.
+teacher's forward pass. "loss" stays the plain loss of `base`, so that a student can be compared with one that was
+trained without a teacher; "distillation" is what is minimised.
 """
 
 from collections.abc import Mapping
@@ -56,7 +56,7 @@ class Distill(Objective):
         if not self.terms:
             yield "terms is empty: a teacher that is not listened to teaches nothing; the default is (Predictions(),)"
         if len(self.predictions) > 1:
-            yield "terms has Predictions twice; mix labels in with Predictions(labels=...), and stages with begin and end"
+            yield "terms has Predictions twice; mix labels in with Predictions(labels=...), stages with begin and end"
         if self.predictions and not isinstance(self.base, TokenObjective | Classification | TokenClassification):
             yield (
                 f"Predictions needs an objective that scores tokens or classes, and base={type(self.base).__name__}; "
@@ -68,8 +68,8 @@ class Distill(Objective):
             yield f"progressive={self.progressive} must be a positive number of steps, and needs terms over layers"
         if self.cache is not None and (self.layer_terms or self.on_policy is not None):
             yield (
-                "cache holds the teacher's predictions on the rows of the data: terms over layers and on_policy need the "
-                "teacher itself; leave cache out"
+                "cache holds the teacher's predictions on the rows of the data: terms over layers and on_policy need "
+                "the teacher itself; leave cache out"
             )
         if self.on_policy is not None and not isinstance(self.base, TokenObjective):
             yield "on_policy writes text, and base predicts no tokens; leave it out"

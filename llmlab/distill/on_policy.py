@@ -1,11 +1,11 @@
 """Rows that a model writes itself, to be judged by the teacher (Agarwal et al. 2023, 2306.13649: GKD).
 
     row from the data      p p p p t t t t          prompt p, text t
-    written by the student p p p p s s s s          the loss is on s, what the teacher says at the student's own places
+    written by the student p p p p s s s s          the loss is on s: what the teacher says there
 
 A student that only ever sees texts of others is never told what to do after its own mistakes; at its own places it is.
-With probability `fraction` a step's rows are written by the student as it is at that moment, as part of the step itself:
-a function of parameters, batch and key, so a resumed run writes the same. No gradient flows through what was chosen.
+With probability `fraction` a step's rows are written by the student as it is at that moment, as part of the step: a
+function of parameters, batch and key, so a resumed run writes the same. No gradient flows through what was chosen.
 With by="teacher" the teacher writes, which is sequence-level distillation (Kim and Rush 2016, 1606.07947) by samples.
 
 A row costs one pass over the prompt and one position of a cached decode for each token that is written.

@@ -134,10 +134,10 @@ def check_same_tokenizer(teacher: str, tokenizer: Any) -> None:
         return
     different = sum(theirs.vocabulary.get(token) != index for token, index in tokenizer.vocabulary.items())
     raise ValueError(
-        f"teacher={teacher} reads other tokens than the student: {different} of the student's {tokenizer.vocab_size} tokens "
-        f"have another number in the teacher's vocabulary of {theirs.vocab_size}, or none. Token by token both must read "
-        f'the same ids: give the student the teacher\'s tokenizer, tokenizer=Opened(path="{teacher}"); or distil texts, '
-        "which every tokenizer reads (TeacherTexts)"
+        f"teacher={teacher} reads other tokens than the student: {different} of the student's {tokenizer.vocab_size} "
+        f"tokens have another number in the teacher's vocabulary of {theirs.vocab_size}, or none. Token by token both "
+        f'must read the same ids: give the student the teacher\'s tokenizer, tokenizer=Opened(path="{teacher}"); or '
+        "distil texts, which every tokenizer reads (TeacherTexts)"
     )
 
 

@@ -62,7 +62,7 @@ class Views:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Term(abc.ABC):
+class Term:
     """One of the things that a student learns of its teacher."""
 
     weight: float = 1.0
@@ -91,7 +91,7 @@ class Term(abc.ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Predictions(Term):
-    """The teacher's distributions over the vocabulary, at every place that has a label (Hinton et al. 2015, 1503.02531)."""
+    """The teacher's distributions over the vocabulary, at all places with a label (Hinton et al. 2015, 1503.02531)."""
 
     divergence: Divergence = ForwardKL()
     """ForwardKL(), ReverseKL(), JensenShannon(beta) or TotalVariation()."""
@@ -174,7 +174,8 @@ class Embeddings(States):
     metric: ClassVar[str] = "embeddings"
 
     def pairs(self, student: Any, teacher: Any) -> tuple[tuple[int, int], ...]:
-        num_layers(student, self.side), num_layers(teacher, self.side)
+        for model in (student, teacher):
+            num_layers(model, self.side)  # there is a stack
         return ((0, 0),)
 
 

@@ -4,9 +4,9 @@
         hidden = model.hidden_states(input_ids)
     hidden.auxiliary["capture/state"]           (L, B, S, D), first layer to last
 
-A layer reports what was asked for in its auxiliary output, and the stack gathers reports whatever it is applied by, scan
-or unrolled, with remat or without: nothing is kept in a module. Only names matter, so models need no argument for it; in
-an encoder-decoder they begin with the side, "decoder/capture/state".
+A layer reports what was asked for in its auxiliary output, and the stack gathers reports whatever it is applied by,
+scan or unrolled, with remat or without: nothing is kept in a module. Models need no argument for it; in an
+encoder-decoder names begin with the side, "decoder/capture/state".
 
     input        the stack's input (1, B, S, D), the embedding
     state        output of each layer (L, B, S, D)
@@ -103,6 +103,6 @@ def _projected(layer: Any, x_BSD: jax.Array, context: Context) -> tuple[Attentio
             return mixer, mixer.placed(x_BSD if layer.norm_mixer is None else layer.norm_mixer(x_BSD), context)
     kind = type(getattr(layer, "mixer", layer)).__name__
     raise ValueError(
-        f"attention of a layer with {kind} cannot be captured: it has no matrix of weights over all keys, or one of its "
-        "own kind; ask for states, or use layers with Attention"
+        f"attention of a layer with {kind} cannot be captured: it has no matrix of weights over all keys, or one of "
+        "its own kind; ask for states, or use layers with Attention"
     )

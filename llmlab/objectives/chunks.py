@@ -1,9 +1,9 @@
 """A loss over logits without the logits of the whole batch: computed a chunk of positions at a time.
 
-The logits are the largest array of a training step. Here those of a chunk are made, scored, and their gradient is pulled
-back through the head while they are there; what is kept for the backward pass is the gradient of the hidden states and
-of the head (llmlab.objectives.cross_entropy explains, and does the same by a closed form). The score is any function of
-a chunk's logits, differentiated as it stands.
+The logits are the largest array of a training step. Here those of a chunk are made, scored, and their gradient is
+pulled back through the head while they are there; what is kept for the backward pass is the gradient of the hidden
+states and of the head (llmlab.objectives.cross_entropy explains, and does the same by a closed form). The score is any
+function of a chunk's logits, differentiated as it stands.
 """
 
 import math

@@ -2,7 +2,7 @@
 
     frozen      given to the compiled step as an argument, laid out over the devices by the same rules as the model; no
                 gradient is taken, and no optimizer state is kept (a teacher's parameters)
-    learned     trained with the model and saved beside it, under a name of their own; whoever loads the model afterwards
+    learned     trained with the model and saved beside it, under a name of their own; whoever loads the model later
                 leaves them (a projection from a student's width to its teacher's)
 
 Training knows no more of them than this. Inside the step the objective is bound to both, and to the number of the step,

@@ -11,8 +11,8 @@ A relation is a distribution over tokens, of whatever width X is: student and te
 they have equally many heads: heads are laid side by side and cut anew into so many relation heads
 (MiniLMv2). Costs are those of attention's weights, O(S^2) a head, of the layers that are matched.
 
-All are sums over the queries that count, each with its weight; a query's keys are those that it may see, so that padding
-changes nothing. (The papers divide by the padded length.)
+All are sums over the queries that count, each with its weight; a query's keys are those that it may see, so that
+padding changes nothing. (The papers divide by the padded length.)
 """
 
 import jax

@@ -184,7 +184,8 @@ def _vectorized(lanes: list[Lane], where: TrainState) -> tuple[Any, Callable[[di
 
     of_batch = {name: _over_seeds(kind.sharding) for name, kind in program.batch.items()}
     whole = NamedSharding(program.placement.mesh, PartitionSpec())
-    beside: Any = Scalars(key=whole, optimizer=whole, frozen=jax.tree.map(lambda x: x.sharding, frozen))
+    everywhere: Any = whole
+    beside = Scalars(key=whole, optimizer=everywhere, frozen=jax.tree.map(lambda x: x.sharding, frozen))
     jitted = jax.jit(step, donate_argnums=0, in_shardings=(where, of_batch, beside), out_shardings=(where, whole))
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((len(lanes), *x.shape), x.dtype), (program.state, program.batch)

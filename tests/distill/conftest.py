@@ -40,6 +40,7 @@ def experiment_of(corpus: Path) -> Callable[..., Experiment]:
 
     def make(objective: Objective, model: Any = STUDENT, **train: Any) -> Experiment:
         settings: dict[str, Any] = {"steps": 2, "batch_size": 8, "sequence_length": LENGTH, "keep_best": 0}
+        settings |= {"evaluate_batches": 1, "evaluate_every": 0} | train
         return Experiment(
             model=model,
             tokenizer=Bytes(),
@@ -47,7 +48,7 @@ def experiment_of(corpus: Path) -> Callable[..., Experiment]:
             objective=objective,
             optimizer=SGD(peak_lr=0.5, schedule=Constant(), clip_norm=None),
             mesh=Mesh(),
-            train=Train(**settings | {"evaluate_batches": 1, "evaluate_every": 0} | train),
+            train=Train(**settings),
         )
 
     return make

@@ -66,10 +66,8 @@ def test_a_cache_of_few_entries_trains_too_and_drawn_ones(teacher: str, experime
     live = llmlab.train(experiment_of(objective), tmp_path / "live").metrics[0]["train/divergence"]
     assert 0 < losses["top-k"] < live  # outcomes that are joined: a lower bound
     assert losses["sampled"] > live  # the cross-entropy of 16 draws: their own entropy is log 16 at most
+    reverse = Distill(teacher=teacher, terms=(Predictions(divergence=ReverseKL()),), cache=str(tmp_path / "sampled"))
     with pytest.raises(ValueError, match=r"drawn tokens, which estimate ForwardKL\(\) alone"):
-        reverse = Distill(
-            teacher=teacher, terms=(Predictions(divergence=ReverseKL()),), cache=str(tmp_path / "sampled")
-        )
         llmlab.train(experiment_of(reverse), tmp_path / "reverse")
 
 

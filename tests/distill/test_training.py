@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.distill.conftest import STUDENT, TEACHER
 
 import llmlab
 from llmlab.distill import (
@@ -28,9 +27,10 @@ from llmlab.distill import (
 from llmlab.nn.module import merge, split
 from llmlab.objectives.companion import LEARNED, apart
 from llmlab.sharding.mesh import Mesh
+from tests.distill.conftest import STUDENT, TEACHER
 
 # Float32 sums in another order.
-SAME = {"rtol": 2e-4, "atol": 2e-6}
+SAME: dict[str, Any] = {"rtol": 2e-4, "atol": 2e-6}
 
 
 def same_trees(found: Any, expected: Any) -> None:
@@ -132,8 +132,8 @@ def test_terms_over_layers_equal_their_functions_on_the_layers_own_outputs(
     state = program.initialise()
     own, learned = apart(state.params)
     names = ("input_ids", "segment_ids", "position_ids")
-    inputs = {name: jnp.asarray(batch[name]) for name in names}
-    captured = []
+    inputs: Any = {name: jnp.asarray(batch[name]) for name in names}
+    captured: Any = []
     for model in (merge(program.graphdef, own), llmlab.load(teacher)):
         with capturing("state"):
             captured.append(model.hidden_states(**inputs).auxiliary["capture/state"][0])
@@ -166,7 +166,7 @@ def test_progressive_training_changes_one_layer_at_a_time(teacher: str, program_
     program = program_of(objective, student)
     placed, state = program.place(batch), program.initialise()
 
-    def changes(before: Any, after: Any) -> tuple[bool, bool, bool]:
+    def changes(before: Any, after: Any) -> tuple[bool, ...]:
         blocks = [tree["stack"]["blocks"]["0"] for tree in (before, after)]
         moved = [
             any(np.any(a[layer] != b[layer]) for a, b in zip(*map(jax.tree.leaves, blocks), strict=True))

@@ -119,6 +119,6 @@ def test_rows_of_a_vocabulary_that_are_no_tokens_are_left_out() -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"temperature": 0.0}, {"soft": 0.0}, {"soft": -1.0}])
-def test_mixtures_that_are_none_are_refused(wrong: dict[str, float]) -> None:
+def test_mixtures_that_are_none_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="not"):
         Mixing(**wrong)
