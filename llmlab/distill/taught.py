@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from llmlab.distill.objective import Distill
 from llmlab.distill.terms import LayerTerm, Predictions, Views, when
-from llmlab.nn.capture import PREFIX, capturing
+from llmlab.nn.capture import PREFIX, What, capturing
 from llmlab.objectives.base import Batch, LossParts, Objective, named
 from llmlab.objectives.companion import LEARNED
 from llmlab.objectives.cross_entropy import IGNORED, weights_of
@@ -102,7 +102,7 @@ class Taught(Objective):
 
     def _run(self, model: Any, inputs: Batch, key: jax.Array | None) -> "_Outcome":
         """A forward pass, with what the terms look at."""
-        wanted = sorted({what for term in self.distill.layer_terms for what in term.captures})
+        wanted: list[What] = sorted({what for term in self.distill.layer_terms for what in term.captures})
         keyed = {} if key is None else {"key": key}
         with capturing(*wanted):
             if isinstance(self.distill.base, LabelObjective):
@@ -298,7 +298,7 @@ def _turns(tree: Any, turn: jax.Array, over: jax.Array, learned: bool) -> Any:
         )
     for name, layer in tree.get("remainder", {}).items():
         own = sum(repeats) * len(blocks) + int(name)
-        factor = jnp.maximum((own == turn).astype(jnp.float32), over)
+        factor = jnp.maximum(jnp.equal(turn, own).astype(jnp.float32), over)
         result.setdefault("remainder", {})[name] = jax.tree.map(
             lambda x, factor=factor: factor.reshape((1,) * x.ndim), layer
         )

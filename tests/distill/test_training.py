@@ -138,7 +138,8 @@ def test_terms_over_layers_equal_their_functions_on_the_layers_own_outputs(
         with capturing("state"):
             captured.append(model.hidden_states(**inputs).auxiliary["capture/state"][0])
     real = jnp.asarray(batch["segment_ids"] != 0, jnp.float32)
-    expected = 2.0 * projected_error(*captured, real, learned["0_states"]["kernel"]) / real.sum()
+    mine, theirs = captured
+    expected = 2.0 * projected_error(mine, theirs, real, learned["0_states"]["kernel"]) / real.sum()
     parts = program.evaluate_step(state.params, program.place(batch))
     np.testing.assert_allclose(parts.metrics["distillation"] / parts.count, expected, rtol=1e-4)
 

@@ -62,10 +62,10 @@ def test_attention_maps_and_transfer_equal_their_definitions() -> None:
     seen = ALLOWED.sum(-1)
     expected = (WEIGHTS * (np.where(ALLOWED, (a - b) ** 2, 0).sum(-1) / np.maximum(seen, 1)).mean(1)).sum()
     np.testing.assert_allclose(map_error(*map(jnp.asarray, (a, b, ALLOWED, WEIGHTS))), expected, rtol=1e-5)
-    logs: Any = [masked_log_softmax(jnp.asarray(x), jnp.asarray(ALLOWED)) for x in (a, b)]
+    logs = [masked_log_softmax(jnp.asarray(x), jnp.asarray(ALLOWED)) for x in (a, b)]
     np.testing.assert_allclose(np.exp(logs[0]), masked(a, ALLOWED), rtol=1e-5, atol=1e-7)
     divergence = (WEIGHTS * kl_by_hand(masked(b, ALLOWED), masked(a, ALLOWED)).mean(1)).sum()
-    np.testing.assert_allclose(attention_transfer(*logs, jnp.asarray(WEIGHTS)), divergence, rtol=1e-5)
+    np.testing.assert_allclose(attention_transfer(logs[0], logs[1], jnp.asarray(WEIGHTS)), divergence, rtol=1e-5)
 
 
 def test_relations_equal_their_definition_and_do_not_know_rotations_of_a_head() -> None:
