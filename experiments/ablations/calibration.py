@@ -4,7 +4,8 @@ Claim    Of a model that saw 0.3 MB about ten times, label smoothing of 0.1 lowe
          next token (Mueller, Kornblith and Hinton 2019, 1906.02629: smoothing calibrates overconfident networks).
 Command  llmlab ablate experiments/ablations/calibration.py
 Cost     2 arms x 5 seeds x 50 s on 2 CPU cores: 9 minutes
-Result   not yet measured
+Result   supported: the expected calibration error falls from 0.089 to 0.028, by 0.061 [0.056, 0.065]; in 6 min
+         (2026-11-26, 2 shared cores, jax 0.10.2)
 
 The claim is about models that are overconfident, which one that sees every token once is not: there smoothing can only
 add error (label_smoothing.py measures it). Here three packages of the standard library, a quarter of their files set

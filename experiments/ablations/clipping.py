@@ -4,7 +4,8 @@ Claim    With bursts of garbage in the data, training without clipping ends wors
          (Pascanu, Mikolov and Bengio 2012, 1211.5063), by more than 0.02 nats.
 Command  llmlab ablate experiments/ablations/clipping.py
 Cost     2 arms x 6 seeds x 10 s on 2 CPU cores: 3 minutes
-Result   not yet measured
+Result   supported: without clipping +0.297 [+0.246, +0.349] nats a token; in 87 s (2026-11-26, 2 shared cores, jax
+         0.10.2)
 
 The spikes are injected, and nothing is hidden about it: three batches in a row, every fifty steps, hold one token
 repeated, as a dump of a binary file would, another one each time. Which token and which steps follow from seed and step

@@ -5,7 +5,8 @@ Claim    Each tuned over the same grid, against AdamW (cf. Wen et al. 2025, 2509
          0.1.
 Command  llmlab ablate experiments/ablations/optimizers.py
 Cost     6 arms x (8 rates + 4 seeds) x 6 s on 2 CPU cores: 9 minutes
-Result   not yet measured
+Result   refuted: Lion is worse by +0.285 and LAMB by +0.129 nats; Muon is better by 0.061, Adafactor no worse (-0.044),
+         SGD worse by +0.277 (all three supported); in 6 min (2026-11-26, 2 shared cores, jax 0.10.2)
 
 Rates are tried at seeds of their own and never compared there. The report has each arm's learning-rate sensitivity
 (what a wrong rate costs, 2309.14322) and says where a best rate lies at the grid's edge. Eight rates, a factor of about

@@ -5,7 +5,8 @@ Claim    A learned table equals sinusoidal positions within 0.03 nats (Vaswani e
          is no worse than they are by more than 0.03 (Press et al. 2021, 2108.12409).
 Command  llmlab ablate experiments/ablations/positions.py
 Cost     4 arms x 6 seeds x 10 s on 2 CPU cores: 5 minutes
-Result   not yet measured
+Result   inconclusive: a learned table is worse by +0.028 [+0.022, +0.034], too near the margin; rotary is better by
+         0.194 (supported) and ALiBi by 0.209 (no worse: supported); in 3 min (2026-11-26, 2 shared cores, jax 0.10.2)
 
 Embeddings are multiplied by sqrt(64), as in the original, so that they are no smaller than the waves added to them.
 The margin is three times what pairs of runs vary by. What happens beyond the trained length: extrapolation.py.

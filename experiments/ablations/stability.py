@@ -5,7 +5,9 @@ Claim    At about six times the best rate, RMSNorm on queries and keys, a z-loss
          holds attention logits down, the z-loss output logits).
 Command  llmlab ablate experiments/ablations/stability.py
 Cost     4 arms x 5 seeds x 11 s on 2 CPU cores: 5 minutes
-Result   not yet measured
+Result   inconclusive: QK-norm is better by 0.351 [0.296, 0.406] nats and with the z-loss by 0.363 (both supported), the
+         z-loss alone by 0.004 [-0.039, +0.047]: nothing that 5 seeds show; in 3 min (2026-11-26, 2 shared cores, jax
+         0.10.2)
 
 A full factorial, so that the results say whether one makes the other needless. The paper sees the z-loss matter late in
 runs that are far longer than this one: nothing found here about it says nothing about those.

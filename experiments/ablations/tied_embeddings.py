@@ -5,7 +5,8 @@ Claim    A tied head is no worse than one of its own by more than 0.03 nats: nei
          1608.05859).
 Command  llmlab ablate experiments/ablations/tied_embeddings.py
 Cost     3 arms x 6 seeds x 10 s on 2 CPU cores: 4 minutes
-Result   not yet measured
+Result   inconclusive: at equal width +0.011 [-0.017, +0.040] nats, which about 20 seeds would settle; at equal
+         parameters -0.037 [-0.062, -0.013], no worse (supported); in 2 min (2026-11-26, 2 shared cores, jax 0.10.2)
 
 A vocabulary of 512 is small; with 32,000 the table would be most of a model of this width, and the parameter-matched
 arm another model altogether. The margin is three times what pairs of runs vary by.

@@ -1,9 +1,9 @@
 """Does a family's training step cost what its FLOPs say?
 
 Claim    At nano size a step of any family takes at most 1.15 times a plain decoder's step of equal FLOPs.
-Command  python experiments/benchmarks/families.py
-Cost     about 20 s a family on 2 CPU cores, most of it compilation
-Result   holds for 24 of 28; Mixtral is at 1.60, MobileBERT 1.30, XLNet 1.20, PaliGemma 1.19: results/families_cpu.md
+Command  python experiments/benchmarks/families.py --batch 32 --steps 9
+Cost     11 minutes on 2 CPU cores
+Result   holds for 26 of 28; Mixtral is at 1.29 and XLNet at 1.16: results/families_cpu.md
 
 The families are those of the catalogue, each with its nano preset; a new one appears by itself. A batch is what the
 config says its model is called with (`batch_shapes`), with random numbers and as many random labels as there are

@@ -4,8 +4,11 @@ Claim    The loss of nano models of Python's source code follows L = E + A / N^a
          the runs of the largest budget are predicted by the smaller ones, and the best size grows about as fast as the
          number of tokens (Hoffmann et al. 2022, 2203.15556: exponents near 0.5).
 Command  llmlab scaling experiments/scaling/nano.py --workers 2
-Cost     20 runs, 3.4e13 FLOPs, 37 million tokens; estimated at 20 minutes on 2 CPU cores
-Result   not measured yet
+Cost     20 runs, 3.4e13 FLOPs, 37 million tokens; 4 min 18 s on 7 cores
+Result   the best size grows as C^0.51 [0.42, 0.78] and tokens as C^0.59 [0.39, 0.67] (90% intervals): about as fast as
+         each other. The 15 smaller runs predict the 5 largest, all within their intervals, with a mean error of 0.062
+         nats: the smallest model's best is missed by 0.14 (results/nano; 2026-11-26, 7 cores, Python 3.12.3, jax
+         0.11.2)
 
 Sizes share one learning rate by muP (2203.03466), so that no size loses by another's. Its base is the width of 64. The
 corpus has more tokens than the longest run sees, so no run repeats any.

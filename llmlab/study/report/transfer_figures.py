@@ -48,6 +48,9 @@ def _transfer(results: dict[str, Any]) -> "Figure":
                 axes.plot([row["best"]["grid_rate"]], [row["best"]["loss"]], "*", color=color, markersize=14,
                           markeredgecolor="white")  # fmt: skip
         axes.set_xscale("log")
+        # the rates of the grid, and no powers of ten between them, whose labels would overlap
+        axes.set_xticks(results["learning_rates"], [f"{rate:g}" for rate in results["learning_rates"]])
+        axes.set_xticks([], minor=True)
         axes.set_xlabel("peak learning rate")
         axes.set_title(literal(arm["name"]), loc="left")
         if place == 0:
