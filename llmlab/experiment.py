@@ -88,7 +88,12 @@ class Experiment:
             )
         known = self.model.objectives
         own = type(objective).__module__.startswith("llmlab.")
-        if known and own and not {kind.__name__ for kind in type(objective).__mro__} & {*known}:
+        if (
+            known
+            and own
+            and objective.asks_the_head
+            and not {kind.__name__ for kind in type(objective).__mro__} & {*known}
+        ):
             head = " with the head that it has" if "head" in {field.name for field in fields(self.model)} else ""
             problems.append(
                 f"objective={name} cannot train model={type(self.model).__name__}{head}; it is trained by "

@@ -88,6 +88,10 @@ class Distill(Objective):
     def plain(self) -> Objective:
         return self if self.base is None else self.base
 
+    @property
+    def asks_the_head(self) -> bool:
+        return self.base is not None
+
     def problems(self, model: Any, tokenizer: Any) -> list[str]:
         from llmlab.runs import load_config
 

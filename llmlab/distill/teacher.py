@@ -17,6 +17,7 @@ from llmlab.distill.objective import Distill, check_layers, learned_shapes
 from llmlab.distill.taught import Taught
 from llmlab.nn.module import Params, merge, split
 from llmlab.objectives.companion import Companion
+from llmlab.training.program import place
 
 _DIGITS = 16
 
@@ -65,10 +66,8 @@ class Teacher(Companion):
     def frozen_axes(self) -> Any:
         return self._abstract[2] if self.is_needed else {}
 
-    def frozen(self) -> Params:
-        from llmlab.runs import load
-
-        return split(load(self.objective.teacher))[1] if self.is_needed else {}
+    def frozen(self, kinds: Params) -> Params:
+        return read_params(self.objective.teacher, kinds) if self.is_needed else {}
 
     @property
     def learned_shapes(self) -> Params:
@@ -105,6 +104,30 @@ class Teacher(Companion):
     @property
     def fingerprints(self) -> Mapping[str, str]:
         return {"teacher": digest(self.objective.teacher)}
+
+
+def read_params(path: str, kinds: Params) -> Params:
+    """Parameters of a model on disk, laid out.
+
+    A run's arrays are read by every device as much as it holds; those of a Hugging Face directory pass through the
+    host's memory. No device ever holds a teacher whole that is split over several.
+
+    Args:
+        path: of the teacher.
+        kinds: shapes, types and shardings.
+    """
+    from llmlab.runs import is_hugging_face, load, locate
+    from llmlab.training.checkpoint import restore_params
+    from llmlab.training.directory import RunDirectory
+
+    directory, step = locate(path)
+    if is_hugging_face(directory):
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            params = split(load(path))[1]
+        return jax.tree.map(lambda x, kind: place(np.asarray(x, kind.dtype), kind.sharding), params, kinds)
+    stored = jax.tree.map(lambda kind: jax.ShapeDtypeStruct(kind.shape, jnp.float32, sharding=kind.sharding), kinds)
+    params = restore_params(RunDirectory(directory).checkpoints, stored, step=step)
+    return jax.tree.map(lambda x, kind: x.astype(kind.dtype), params, kinds)
 
 
 def _vocabulary_problems(objective: Distill, student: Any, teacher: Any) -> list[str]:

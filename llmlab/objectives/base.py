@@ -64,6 +64,11 @@ class Objective(abc.ABC):
         """What the data and the model's head are for: itself, or the objective that it adds to."""
         return self
 
+    @property
+    def asks_the_head(self) -> bool:
+        """Whether the model's head must be one that answers it."""
+        return True
+
     def problems(self, model: Any, tokenizer: Any) -> list[str]:
         """Why it cannot train this model config with this tokenizer config; empty where nothing is wrong."""
         return []

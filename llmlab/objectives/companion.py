@@ -33,8 +33,12 @@ class Companion(abc.ABC):
         """Logical axis names of each."""
 
     @abc.abstractmethod
-    def frozen(self) -> Any:
-        """The arrays themselves, read now."""
+    def frozen(self, kinds: Any) -> Any:
+        """The arrays themselves, read now.
+
+        Args:
+            kinds: shapes, types and shardings that they are to have, in the structure of `frozen_shapes`.
+        """
 
     @property
     @abc.abstractmethod

@@ -156,21 +156,19 @@ class Program:
     @property
     def train_step(self) -> "TrainStep":
         """(state, batch) -> (state, metrics)."""
-        return TrainStep(self.step, dataclasses.replace(self.scalars, frozen=self.frozen))
+        return TrainStep(self)
 
     @property
     def evaluate_step(self) -> "EvaluateStep":
         """(params, batch) -> sums."""
-        return EvaluateStep(self.evaluation, self.frozen)
+        return EvaluateStep(self.evaluation, lambda: self.frozen)
 
     @functools.cached_property
     def frozen(self) -> Any:
         """The arrays that the objective brings along, on the devices: read at the first use."""
         if self.companion is None:
             return {}
-        return jax.tree.map(
-            lambda x, kind: _put(x.astype(kind.dtype), kind.sharding), self.companion.frozen(), self.scalars.frozen
-        )
+        return self.companion.frozen(self.scalars.frozen)
 
     def initialise(self, weights: Weights | None = None) -> TrainState:
         """The state before the first step, with fresh weights or given ones."""
@@ -187,7 +185,7 @@ class Program:
                 return {name: params[name] for name in absent}
 
             given = given | jax.jit(missing, out_shardings={name: where[name] for name in absent})(key)
-        return self.begin(jax.tree.map(_put, given, where))
+        return self.begin(jax.tree.map(place, given, where))
 
     def compiled(self) -> "Program":
         """The same with both steps compiled."""
@@ -239,18 +237,17 @@ class Program:
 
 @dataclass(frozen=True, eq=False)
 class TrainStep:
-    """A step with its scalars."""
+    """A step with its scalars, and what the objective brings along: read at the first call."""
 
-    step: Any
-    """(state, batch, scalars) -> (state, metrics), jitted or compiled."""
-    scalars: Scalars
+    program: Program
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
-        return self.step(state, batch, self.scalars)
+        program = self.program
+        return program.step(state, batch, dataclasses.replace(program.scalars, frozen=program.frozen))
 
     def lower(self, state: TrainState, batch: Mapping[str, Any]) -> Any:
         """For these arrays or shapes, if it is not compiled."""
-        return self.step.lower(state, batch, self.scalars)
+        return self.program.step.lower(state, batch, self.program.scalars)
 
 
 @dataclass(frozen=True, eq=False)
@@ -259,11 +256,11 @@ class EvaluateStep:
 
     evaluation: Any
     """(params, batch, frozen) -> sums, jitted or compiled."""
-    frozen: Any
-    """Arrays."""
+    frozen: Callable[[], Any]
+    """Gives the arrays."""
 
     def __call__(self, params: Params, batch: Batch) -> LossParts:
-        return self.evaluation(params, batch, self.frozen)
+        return self.evaluation(params, batch, self.frozen())
 
 
 class Programs:
@@ -346,7 +343,7 @@ def _beside(everywhere: Any, frozen: Any) -> Any:
     return Scalars(key=everywhere, optimizer=everywhere, frozen=_where(frozen))
 
 
-def _put(array: jax.Array | np.ndarray, where: jax.sharding.Sharding) -> jax.Array:
+def place(array: jax.Array | np.ndarray, where: jax.sharding.Sharding) -> jax.Array:
     """An array that every process has, laid out over the devices of all."""
     if where.is_fully_addressable:
         return jax.device_put(array, where)

@@ -279,8 +279,9 @@ class _Evaluation:
 
     def __init__(self, lanes: list[Lane], place: Callable[[dict[str, np.ndarray]], Batch]) -> None:
         self._lanes, self._place = lanes, place
-        evaluation, frozen = lanes[0].program.traced_evaluate, lanes[0].program.frozen
-        self._step = EvaluateStep(jax.jit(jax.vmap(evaluation, in_axes=(0, 0, None))), frozen)
+        program = lanes[0].program
+        evaluation = jax.jit(jax.vmap(program.traced_evaluate, in_axes=(0, 0, None)))
+        self._step = EvaluateStep(evaluation, lambda: program.frozen)
 
     @property
     def num_batches(self) -> int:

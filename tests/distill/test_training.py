@@ -199,3 +199,23 @@ def test_a_run_with_projections_is_a_model_without_them_and_resumes_to_the_same_
     llmlab.train(first, tmp_path / "parts")
     again = llmlab.train(experiment_of(objective, steps=3), tmp_path / "parts", allow_config_change=True)
     jax.tree.map(np.testing.assert_array_equal, split(again.model)[1], split(run.model)[1])
+
+
+def test_a_teacher_of_another_width_depth_and_precision_is_read_as_it_is_laid_out(
+    teacher: str, program_of: Any, tmp_path: Path
+) -> None:
+    """A Hugging Face directory and a run give the same arrays, split over devices, in the run's precision."""
+    llmlab.save_hf(llmlab.load(teacher), tmp_path / "hf")
+    trees = []
+    for path in (teacher, str(tmp_path / "hf")):
+        program = program_of(Distill(teacher=path), mesh=Mesh(fsdp=8), precision="bfloat16")
+        assert {leaf.dtype for leaf in jax.tree.leaves(program.frozen)} == {jnp.dtype(jnp.bfloat16)}
+        assert any(len(leaf.sharding.device_set) == 8 and not leaf.sharding.is_fully_replicated
+                   for leaf in jax.tree.leaves(program.frozen))  # fmt: skip
+        trees.append(program.frozen)
+    jax.tree.map(np.testing.assert_array_equal, *trees)
+
+
+def test_a_pipeline_is_refused_with_the_way_out(teacher: str, program_of: Any) -> None:
+    with pytest.raises(ValueError, match="use mesh.pipeline=1 and another axis"):
+        program_of(Distill(teacher=teacher), TEACHER, mesh=Mesh(pipeline=2, data=4), accumulation=2)
