@@ -48,8 +48,10 @@ def remarks(results: Mapping[str, Any]) -> list[str]:
         found.append("The teacher is no better than the student from scratch: there is no gap to close.")
     speeds = {name: run.get("tokens_per_second") for name, run in results["training"].items()}
     if all(speeds.values()):
-        share = speeds["scratch"] / speeds["student"]
-        found.append(f"A training step with the teacher took {share:.2f} times as long as one without.")
+        with_teacher, without = (count(speeds[name]) for name in ("student", "scratch"))
+        found.append(
+            f"Training went at {with_teacher} tokens/s with the teacher and at {without} without, each at its own time."
+        )
     found.append("One pair of runs says nothing of luck; llmlab ablate compares pairs of seeds.")
     return found
 

@@ -99,11 +99,23 @@ def compare(
         "student": (load_config(student.directory), lambda: split(student.model)[1], str(student.directory)),
         "scratch": (load_config(scratch.directory), lambda: split(scratch.model)[1], str(scratch.directory)),
     }
-    entrants: dict[str, Entrant] = {}
-    for name, (config, params, source) in configs.items():
+    forwards, losses = {}, {}
+    for name, (config, params, _) in configs.items():
         tell(f"measuring {name}")
-        entrants[name] = measured(name, Path(source).name, config, params(), base, experiment, dataset)
-    losses = {name: entrant.loss for name, entrant in entrants.items()}
+        forwards[name] = Forward.of(config, params(), base, experiment, dataset)
+        losses[name] = forwards[name].loss(dataset, experiment.train.evaluate_batches)
+    speeds = tokens_per_second(forwards)
+    entrants = {
+        name: Entrant(
+            name=name,
+            source=Path(source).name,
+            loss=losses[name],
+            num_parameters=forwards[name].program.num_parameters,
+            flops_per_token=forwards[name].flops_per_token,
+            tokens_per_second=speeds[name],
+        )
+        for name, (_, _, source) in configs.items()
+    }
     return {
         "format": 1,
         "unit": base.unit,
@@ -114,33 +126,56 @@ def compare(
     }
 
 
-def measured(
-    name: str, source: str, config: Any, params: Params, base: Objective, experiment: Any, dataset: Any
-) -> Entrant:
-    """A model scored and timed."""
-    batch = dataset.validation.batch(0)
-    placement = experiment.mesh.build(jax.devices())
-    program = Program.build(config, base, experiment.optimizer, placement, experiment.train, batch)
-    where: Any = jax.tree.map(lambda x: x.sharding, program.state.params)
-    params = jax.tree.map(jax.device_put, params, where)
-    metrics = evaluate(
-        program.evaluate_step, params, dataset.validation, program.place, max_batches=experiment.train.evaluate_batches
-    )
-    assert metrics is not None, "nobody asks to stop"
-    placed, seconds = program.place(batch), []
+@dataclass(frozen=True, kw_only=True)
+class Forward:
+    """The forward pass of a model, ready to be scored and timed."""
+
+    program: Program
+    params: Params
+    batch: Any
+    """On the devices."""
+
+    @classmethod
+    def of(cls, config: Any, params: Params, base: Objective, experiment: Any, dataset: Any) -> "Forward":
+        """Laid out as the experiment's mesh says."""
+        batch = dataset.validation.batch(0)
+        placement = experiment.mesh.build(jax.devices())
+        program = Program.build(config, base, experiment.optimizer, placement, experiment.train, batch)
+        params = jax.tree.map(lambda x, kind: jax.device_put(x, kind.sharding), params, program.state.params)
+        return cls(program=program, params=params, batch=program.place(batch))
+
+    def loss(self, dataset: Any, max_batches: int | None) -> float:
+        """Mean on the validation split."""
+        program = self.program
+        metrics = evaluate(
+            program.evaluate_step, self.params, dataset.validation, program.place, max_batches=max_batches
+        )
+        assert metrics is not None, "nobody asks to stop"
+        return metrics["loss"]
+
+    @property
+    def flops_per_token(self) -> float:
+        """By the model's formula."""
+        model, shapes = self.program.model, self.program.shapes
+        return model.flops(shapes, training=False) / model.num_tokens(shapes)
+
+    def run(self) -> None:
+        """Once, to its end."""
+        jax.block_until_ready(self.program.evaluate_step(self.params, self.batch))
+
+
+def tokens_per_second(forwards: Mapping[str, Forward]) -> dict[str, float]:
+    """Medians of passes that take turns, so that whatever else the machine does meets all of them alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in forwards}
     for _ in range(_REPEATS):
-        began = time.perf_counter()
-        jax.block_until_ready(program.evaluate_step(params, placed))
-        seconds.append(time.perf_counter() - began)
-    tokens = config.num_tokens(program.shapes)
-    return Entrant(
-        name=name,
-        source=source,
-        loss=metrics["loss"],
-        num_parameters=program.num_parameters,
-        flops_per_token=config.flops(program.shapes, training=False) / tokens,
-        tokens_per_second=tokens / statistics.median(seconds),
-    )
+        for name, forward in forwards.items():
+            began = time.perf_counter()
+            forward.run()
+            seconds[name].append(time.perf_counter() - began)
+    return {
+        name: forward.program.model.num_tokens(forward.program.shapes) / statistics.median(seconds[name])
+        for name, forward in forwards.items()
+    }
 
 
 def trained(summary: Mapping[str, Any]) -> dict[str, Any]:

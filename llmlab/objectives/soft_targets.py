@@ -21,7 +21,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from llmlab.objectives.base import LossParts
 from llmlab.objectives.chunks import Sums, chunked_sums
@@ -128,22 +128,34 @@ def soft_target_loss(
         if pure is not None:
             theirs = pure(chunk["teacher"], *shared).astype(jnp.float32)[..., :num_tokens]
             divergence = mixing.divergence.softened(theirs, logits[..., :num_tokens], mixing.temperature)
-            best = jnp.argmax(theirs, axis=-1)
+            agrees = _highest(logits, theirs >= jnp.max(theirs, axis=-1, keepdims=True))
         else:
             divergence = stored_divergence(chunk["teacher"], logits[..., :num_tokens], mixing)
-            best = chunk["teacher"].ids[..., 0]
-        objective, nll = cross_entropy(
-            logits, chunk["labels"], label_smoothing=mixing.label_smoothing, z_loss=mixing.z_loss
-        )
-        highest = jnp.argmax(logits, axis=-1)
-        total = mixing.soft * divergence + mixing.hard * objective
+            agrees = _highest(logits, _is(chunk["teacher"].ids[..., 0], logits.shape[-1]))
+        total = mixing.soft * divergence
+        smoothed = {"label_smoothing": mixing.label_smoothing, "z_loss": mixing.z_loss}
+        if mixing.hard:
+            objective, nll = cross_entropy(logits, chunk["labels"], **smoothed)
+            total = total + mixing.hard * objective
+        else:  # 0 times a gradient is computed all the same
+            _, nll = cross_entropy(jax.lax.stop_gradient(logits), chunk["labels"])
         each = {"total": total, "loss": nll, "divergence": divergence}
-        each |= {"accuracy": highest == chunk["labels"], "agreement": highest == best}
+        each |= {"accuracy": _highest(logits, _is(chunk["labels"], logits.shape[-1])), "agreement": agrees}
         return {name: jnp.sum(chunk["weights"] * values) for name, values in each.items()}
 
     sums = chunked_sums(score, hidden, project, arrays, shared, chunk=chunk)
     total = sums.pop("total")
     return LossParts(total=total, count=jnp.sum(weights), metrics=jax.lax.stop_gradient(sums))
+
+
+def _is(tokens: Int[Array, "B S"], size: int) -> Bool[Array, "B S V"]:
+    return jnp.arange(size) == tokens[..., None]
+
+
+def _highest(logits: Float[Array, "B S V"], chosen: Bool[Array, "B S W"]) -> Bool[Array, "B S"]:
+    """Whether one of the chosen tokens scores highest. Comparisons fuse into reductions, where an argmax on a CPU costs
+    as much as a softmax."""
+    return jnp.max(jnp.where(chosen, logits[..., : chosen.shape[-1]], -jnp.inf), axis=-1) >= jnp.max(logits, axis=-1)
 
 
 def stored_divergence(teacher: StoredTeacher, logits: Float[Array, "B S V"], mixing: Mixing) -> Float[Array, "B S"]:

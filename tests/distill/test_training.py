@@ -217,5 +217,5 @@ def test_a_teacher_of_another_width_depth_and_precision_is_read_as_it_is_laid_ou
 
 
 def test_a_pipeline_is_refused_with_the_way_out(teacher: str, program_of: Any) -> None:
-    with pytest.raises(ValueError, match="use mesh.pipeline=1 and another axis"):
+    with pytest.raises(ValueError, match=r"use mesh\.pipeline=1 and another axis"):
         program_of(Distill(teacher=teacher), TEACHER, mesh=Mesh(pipeline=2, data=4), accumulation=2)
