@@ -73,6 +73,20 @@ def test_the_gradient_tends_to_matching_of_logits_as_the_temperature_grows(diver
     assert distances[1] < 0.05 * np.abs(matching).max()
 
 
+@pytest.mark.parametrize("divergence", ALL, ids=lambda d: type(d).__name__)
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_the_closed_gradient_is_that_of_the_value(divergence: Divergence, temperature: float) -> None:
+    teacher, student = logits(4), logits(5)
+
+    def plain(y: Any) -> Any:
+        log_p, log_q = (jax.nn.log_softmax(x / temperature) for x in (teacher, y))
+        return (jnp.arange(1.0, B + 1) * temperature**divergence.order * divergence(log_p, log_q)).sum()
+
+    closed = jax.grad(lambda y: (jnp.arange(1.0, B + 1) * divergence.softened(teacher, y, temperature)).sum())
+    np.testing.assert_allclose(closed(student), jax.grad(plain)(student), rtol=1e-4, atol=2e-6)
+    assert not np.any(jax.grad(lambda z: divergence.softened(z, student, temperature).sum())(teacher))
+
+
 def test_generalised_jensen_shannon_tends_to_either_kl() -> None:
     p, q = (jax.nn.log_softmax(logits(seed)) for seed in (0, 1))
     forward, reverse = ForwardKL()(p, q), ReverseKL()(p, q)
