@@ -146,9 +146,9 @@ def test_the_gap_and_the_baseline_are_what_they_are_called(teacher: str, experim
         "unit": "token",
         "entrants": dict.fromkeys(("teacher", "student", "scratch"), entrant),
         "gap_closed": None,
-        "training": {"student": {"tokens_per_second": 1.0}, "scratch": {"tokens_per_second": 1.5}},
+        "training": {"student": {"tokens_per_second": 1000.0}, "scratch": {"tokens_per_second": 1500.0}},
     }
     text = distill_tables.markdown(results, title="a|b")
     assert "no gap to close" in text
-    assert "1 tokens/s with the teacher and at 1.5 without" in text
+    assert "at 1k tokens/s with the teacher and at 1.5k without" in text
     assert "a\\|b" in text
