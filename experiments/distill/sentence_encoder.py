@@ -59,8 +59,8 @@ from llmlab.training.config import Train
 STEPS, LENGTH, HELD_OUT = 400, 48, 256
 PACKAGES = (
     *("argparse", "ast", "asyncio", "collections", "concurrent", "configparser", "ctypes", "curses", "datetime"),
-    *("decimal", "difflib", "distutils", "email", "encodings", "ensurepip", "enum", "ftplib", "hashlib", "html"),
-    *("http", "idlelib", "imaplib", "importlib", "inspect", "json", "lib2to3", "logging", "mailbox", "multiprocessing"),
+    *("decimal", "difflib", "email", "ensurepip", "enum", "fractions", "ftplib", "hashlib", "html"),
+    *("http", "idlelib", "imaplib", "importlib", "inspect", "json", "logging", "mailbox", "multiprocessing"),
     *("pathlib", "pickle", "pydoc", "random", "shutil", "smtplib", "socket", "sqlite3", "statistics", "subprocess"),
     *("tarfile", "tempfile", "threading", "tkinter", "traceback", "turtle", "typing", "unittest", "urllib", "uuid"),
     *("venv", "wsgiref", "xml", "xmlrpc", "zipfile"),

@@ -150,5 +150,5 @@ def test_the_gap_and_the_baseline_are_what_they_are_called(teacher: str, experim
     }
     text = distill_tables.markdown(results, title="a|b")
     assert "no gap to close" in text
-    assert "at 1k tokens/s with the teacher and at 1.5k without" in text
+    assert "at 1,000 tokens/s with the teacher and at 1,500 without" in text
     assert "a\\|b" in text
