@@ -38,6 +38,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "runs": ("llmlab.commands.runs", "list runs and their results in a table"),
         "plot": ("llmlab.commands.plot", "write the loss curves of runs to a PNG file"),
         "generate": ("llmlab.commands.generate", "continue a prompt with a trained model"),
+        "serve": ("llmlab.commands.serve", "serve a model over HTTP as OpenAI's interface has it, with a chat page"),
     },
     "Models": {
         "models": ("llmlab.commands.models", "list the architecture families, their sizes and what they are for"),

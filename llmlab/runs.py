@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from llmlab.models.config import ModelConfig
     from llmlab.models.decoder import DecoderModel
     from llmlab.nn.module import Params
+    from llmlab.sharding.rules import Placement
     from llmlab.tokenizers import Tokenizer
     from llmlab.training.program import Programs, Weights
 
@@ -82,13 +83,14 @@ class Run:
         return f"Run({str(self.directory)!r})"
 
 
-def load(path: str | Path, *, ema: bool = False) -> "DecoderModel":
+def load(path: str | Path, *, ema: bool = False, placement: "Placement | None" = None) -> "DecoderModel":
     """The model of a run, of one checkpoint of a run (runs/mine/checkpoints/500), of a Hugging Face directory, or of
     what `llmlab convert` made of one.
 
     Args:
         path: the directory, or its address in a bucket (gs://...), of which what is needed is copied here.
         ema: the average of the weights, for a run that kept one.
+        placement: a mesh that the weights are read to, every device getting its part alone; None for the first device.
 
     Raises:
         FileNotFoundError: there is nothing, or no checkpoint yet.
@@ -98,8 +100,8 @@ def load(path: str | Path, *, ema: bool = False) -> "DecoderModel":
     if is_hugging_face(directory):
         from llmlab.models.huggingface import load_hf
 
-        return load_hf(directory)
-    return _load_run(directory, step=step, ema=ema)
+        return load_hf(directory, placement=placement)
+    return _load_run(directory, step=step, ema=ema, placement=placement)
 
 
 def locate(path: str | Path) -> tuple[Path, int | None]:
@@ -158,15 +160,19 @@ def _json_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _load_run(directory: Path, *, step: int | None, ema: bool) -> "DecoderModel":
+def _load_run(directory: Path, *, step: int | None, ema: bool, placement: "Placement | None") -> "DecoderModel":
     import jax
 
     from llmlab.nn.module import merge
     from llmlab.training.checkpoint import restore_params
 
-    graphdef, shapes, _ = _run_config(directory).abstract()
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
+    graphdef, shapes, axes = _run_config(directory).abstract()
+    if placement is None:
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        shardings = jax.tree.map(lambda _: here, shapes)
+    else:
+        shardings = placement.shardings(axes, shapes)
+    shapes = jax.tree.map(lambda x, there: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there), shapes, shardings)
     return merge(graphdef, restore_params(RunDirectory(directory).checkpoints, shapes, step=step, ema=ema))
 
 

@@ -1,28 +1,22 @@
 """What every test stands on: eight simulated CPU devices, shapes checked at every call, caches out of the way."""
 
+import gc
 import inspect
 import os
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 from jaxtyping import install_import_hook
 
+from tests.xla_flags import FAST
+
 REPOSITORY = Path(__file__).parent.parent
 
 # Before jax is imported: it reads these once. Subprocesses of tests inherit them.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-_FLAGS = {
-    "xla_force_host_platform_device_count": "8",
-    # Tests compile hundreds of small programs and run each a few times: without optimisation they compile three times
-    # as fast. What is computed is the same, and equal to its reference within the same tolerances. Tests that measure
-    # time or memory compile with it (tests/optimised.py).
-    "xla_backend_optimization_level": "0",
-}
-if version("jaxlib").startswith("0.10."):  # later ones do not know the flag, and XLA aborts over what it does not know
-    _FLAGS["xla_cpu_use_fusion_emitters"] = "false"
+_FLAGS = {"xla_force_host_platform_device_count": "8", **FAST}
 _given = os.environ.get("XLA_FLAGS", "")
 os.environ["XLA_FLAGS"] = " ".join(
     [*_given.split(), *(f"--{name}={value}" for name, value in _FLAGS.items() if f"--{name}" not in _given)]
@@ -35,7 +29,8 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPOSITORY / ".pytest_cac
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 
-import jax.tree_util  # noqa: E402  the variables above must be set first
+import jax  # noqa: E402  the variables above must be set first
+import jax.tree_util  # noqa: E402  the same
 
 
 def _exempt_from_construction_checks(register: Callable[..., Any]) -> Callable[..., Any]:
@@ -73,3 +68,14 @@ def llmlab_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         del os.environ["LLMLAB_CACHE"]
     else:
         os.environ["LLMLAB_CACHE"] = previous
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_mappings() -> Iterator[None]:
+    """Forgets compiled programs before a worker has as many memory mappings as Linux allows a process (65,530): each
+    program is a few, a worker meets ten thousand programs, and XLA crashes where it gets no more."""
+    yield
+    mappings = Path("/proc/self/maps")
+    if mappings.exists() and len(mappings.read_bytes().splitlines()) > 20_000:
+        jax.clear_caches()
+        gc.collect()

@@ -67,6 +67,7 @@ ONLY_IN: dict[str, set[str]] = {
     "uvicorn": {"infer"},
     "jinja2": {"infer", "tokenizers"},
     "prometheus_client": {"infer"},
+    "llguidance": {"infer"},
     "optuna": {"study"},
     "sentencepiece": {"tokenizers"},
 }

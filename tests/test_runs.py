@@ -23,6 +23,7 @@ from llmlab import runs
 from llmlab.experiment import Experiment, read_experiment
 from llmlab.nn.module import split
 from llmlab.objectives import NextToken
+from llmlab.sharding import Mesh
 from llmlab.training.checkpoint import restore_params, saved_steps
 from llmlab.training.faults import Interrupted, NonFiniteError
 from llmlab.training.program import Programs
@@ -419,6 +420,15 @@ def test_runs_checkpoints_and_averages_load(uninterrupted: runs.Run) -> None:
     assert np.array_equal(
         tables[0], split(llmlab.load(directory / "checkpoints" / "12"))[1]["embedding"]["tokens"]["table"]
     )
+
+
+def test_a_run_loads_straight_to_the_devices_of_a_mesh(uninterrupted: runs.Run) -> None:
+    placement = Mesh(data=1, tensor=2).build(jax.devices()[:2])
+    there = split(llmlab.load(uninterrupted.directory, placement=placement))[1]
+    _, shapes, axes = llmlab.load_config(uninterrupted.directory).abstract()
+    assert jax.tree.map(lambda leaf: leaf.sharding, there) == placement.shardings(axes, shapes)
+    here = split(llmlab.load(uninterrupted.directory))[1]
+    assert jax.tree.all(jax.tree.map(np.array_equal, there, here))
 
 
 def test_loading_says_what_is_wrong(uninterrupted: runs.Run, tmp_path: Path) -> None:

@@ -6,12 +6,14 @@ Cost     2 minutes on 2 CPU cores
 Result   holds: nothing measurable. Eight simulated devices take 1.4 to 1.6 times one device's time at this shape:
          results/mesh_cpu.md
 
-Three programs of the same step take turns in one process that has eight simulated CPU devices (the cores are the same
-for all of them):
+Programs of the same step take turns in one process that has eight simulated CPU devices (the cores are the same for all
+of them):
 
     plain      no mesh at all: nothing is placed, nothing constrained
     one        a mesh of one device, as `llmlab train` has it on a laptop
     eight      data=8: every device has an eighth of the rows, and gradients are summed over them
+    gradient   loss and gradient alone, on one device
+    shares     the same of an eighth of the rows on each device, nothing summed: what the model itself costs there
 
 The shape is that of train_step.py: GPT-2, 6 layers, width 384, 6 heads, vocabulary 8,192, 8 rows of 256 tokens, float32
 AdamW. Ratios are of medians. --mesh changes the third program: --mesh data=1,fsdp=4,tensor=2.
@@ -53,6 +55,8 @@ def main() -> None:
         "plain": plain(args),
         "one": on_mesh(args, Mesh().build(jax.devices()[:1])),
         "eight": on_mesh(args, many.build(jax.devices()[: many.num_devices])),
+        "gradient": gradients(args, 1),
+        "shares": gradients(args, 8),
     }
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     for number in range(args.rounds + 2):
@@ -67,6 +71,7 @@ def main() -> None:
         "fastest": {name: round(1e3 * min(values), 1) for name, values in seconds.items()},
         "one / plain": round(medians["one"] / medians["plain"], 3),
         f"{args.mesh} / one": round(medians["eight"] / medians["one"], 3),
+        "shares / gradient": round(medians["shares"] / medians["gradient"], 3),
     }
     print(json.dumps(result) if args.json else "\n".join(f"{name:16} {value}" for name, value in result.items()))
 
@@ -129,6 +134,30 @@ def on_mesh(args: argparse.Namespace, placement: Any) -> Callable[[], None]:
         jax.block_until_ready((state, metrics))
 
     return run
+
+
+def gradients(args: argparse.Namespace, num_devices: int) -> Callable[[], None]:
+    """Loss and gradient of each device's share of the rows; each keeps its own."""
+    import jax
+    from flax import nnx
+    from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+    from llmlab.nn.module import merge, split
+    from llmlab.objectives import NextToken
+
+    config, batch = model_and_batch(args)
+    graphdef, params = split(config.build(nnx.Rngs(params=0)))
+    devices = jax.devices()[:num_devices]
+    mesh = jax.make_mesh((num_devices,), ("data",), devices=devices, axis_types=(AxisType.Auto,))
+    whole, rows = PartitionSpec(), PartitionSpec("data")
+
+    def share(params: Any, batch: Any) -> Any:
+        gradient = jax.grad(lambda params: NextToken().loss(merge(graphdef, params), batch).total)(params)
+        return jax.tree.map(lambda leaf: leaf[None], gradient)
+
+    mapped = jax.jit(jax.shard_map(share, mesh=mesh, in_specs=(whole, rows), out_specs=rows, check_vma=False))
+    placed = jax.device_put((params, batch), (NamedSharding(mesh, whole), NamedSharding(mesh, rows)))
+    return lambda: jax.block_until_ready(mapped(*placed))
 
 
 if __name__ == "__main__":

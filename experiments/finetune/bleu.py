@@ -1,6 +1,6 @@
-"""BLEU of a translation run: every source is translated greedily and compared with its reference.
+"""BLEU of a translation run: every source is translated, greedily or by beam search, and compared with its reference.
 
-    python experiments/finetune/bleu.py RUN SOURCE TARGET [--limit N] [--show N] [--json]
+    python experiments/finetune/bleu.py RUN SOURCE TARGET [--beams N] [--length-penalty A] [--limit N]
 
 RUN is the directory of a run trained on `Pairs`, or of its checkpoint; SOURCE and TARGET are text files (plain, .gz or
 .zst) whose lines belong together. BLEU is sacrebleu's, on its own tokenization (Papineni et al. 2002; Post 2018,
@@ -22,6 +22,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("run", type=Path, help="directory of a run trained on Pairs")
     parser.add_argument("source", help="file of sources, one a line")
     parser.add_argument("target", help="file of their references")
+    parser.add_argument("--beams", type=int, default=1, help="beams of the search; 1 decodes greedily (1)")
+    parser.add_argument("--length-penalty", type=float, default=1.0, help="power of the length in beam search (1.0)")
     parser.add_argument("--limit", type=int, help="only so many of the first lines")
     parser.add_argument("--show", type=int, default=3, help="print so many translations (3)")
     parser.add_argument("--json", action="store_true", help="print a JSON line")
@@ -39,7 +41,6 @@ def main() -> None:
     from llmlab.config import load
     from llmlab.data.pairs import Pairs, aligned
     from llmlab.experiment import Experiment
-    from llmlab.infer.greedy import greedy
 
     experiment = load(args.run, Experiment)
     data, length = experiment.data, experiment.train.sequence_length
@@ -50,13 +51,7 @@ def main() -> None:
     pairs = aligned((args.source,), (args.target,))[: args.limit]
     started = time.perf_counter()
     sources = [data.framed(tokenizer, tokenizer.encode(data.texts(pair)[0]), length) for pair in pairs]
-    targets = greedy(
-        model,
-        sources,
-        max_new_tokens=data.target_length or length,
-        eos_id=tokenizer.eos_id,
-        num_tokens=tokenizer.vocab_size,
-    )
+    targets = translated(model, sources, tokenizer, args, data.target_length or length)
     translations = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in targets]
     seconds = time.perf_counter() - started
     metric = sacrebleu.BLEU()
@@ -68,6 +63,20 @@ def main() -> None:
     for (source, reference), translation in zip(pairs[: args.show], translations, strict=False):
         print(f"source       {source}\ntranslation  {translation}\nreference    {reference}\n")
     print(f"{score}\n{metric.get_signature()}\n{len(pairs)} sentences in {seconds:.1f} s")
+
+
+def translated(model: Any, sources: list[list[int]], tokenizer: Any, args: argparse.Namespace, longest: int) -> Any:
+    """Tokens of every translation."""
+    from llmlab.infer.beam import beam_search
+    from llmlab.infer.greedy import greedy
+
+    shared = {"max_new_tokens": longest, "eos_id": tokenizer.eos_id, "num_tokens": tokenizer.vocab_size}
+    if args.beams == 1:
+        return greedy(model, sources, **shared)
+    found = beam_search(
+        model, sources, num_beams=args.beams, length_penalty=args.length_penalty, batch_size=32, **shared
+    )
+    return [list(hypotheses[0].token_ids) for hypotheses in found]
 
 
 if __name__ == "__main__":

@@ -1,64 +1,38 @@
-"""Key/value caches: what attention remembers, so that a new token costs one position's work and not all of them.
+"""The caches of a whole model: what its layers remember while text is written. The kinds are in nn/cache.py.
 
-Without a cache, generating n tokens after a prompt of p recomputes every position every time, O(n (n + p)) positions;
-with one it is O(n + p). The price is memory: 2 * layers * kv_heads * head_dim numbers a token.
+Every layer's mixer says what it remembers (`Mixer.new_cache`): keys and values of all positions or of a sliding window,
+sums (nn/favor.py), or why it has nothing that would do.
 """
 
-from dataclasses import dataclass
-
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
 
 from llmlab.models.config import Transformer
-from llmlab.models.encoder_decoder import EncoderDecoder
-from llmlab.nn.attention import Attention, MemoryCache
-from llmlab.nn.config import DecoderLayerCache, Mixer
+from llmlab.models.encoder_decoder import EncoderDecoder, Side
+from llmlab.models.permutation import PermutationTransformer
+from llmlab.models.reversible import ReversibleTransformer
+from llmlab.models.visual_decoder import VisualDecoder
+from llmlab.nn.cache import KVCache
+from llmlab.nn.config import LayerCache, Room
 
+__all__ = ["KVCache", "new_cache", "new_decoder_cache", "of_layers"]
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class KVCache:
-    """Keys and values of one attention layer; slot t holds position t of its row.
-
-    Slots at and beyond a row's length hold anything: a causal query never looks past its own position, and each new
-    position overwrites its slot before it is attended to.
-    """
-
-    key_BTKH: Float[Array, "B T K H"]
-    value_BTKH: Float[Array, "B T K H"]
-
-    def update(
-        self, key: Float[Array, "B S K H"], value: Float[Array, "B S K H"], position_ids: Int[Array, "B S"]
-    ) -> "tuple[KVCache, Float[Array, 'B T K H'], Float[Array, 'B T K H']]":
-        """Store consecutive positions of every row, which may differ between rows; positions must fit the cache."""
-        start_B = position_ids[:, 0]
-
-        def write(slots_TKH: jax.Array, new_SKH: jax.Array, start: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_update_slice(slots_TKH, new_SKH.astype(slots_TKH.dtype), (start, 0, 0))
-
-        keys = jax.vmap(write)(self.key_BTKH, key, start_B)
-        values = jax.vmap(write)(self.value_BTKH, value, start_B)
-        return KVCache(keys, values), keys.astype(key.dtype), values.astype(value.dtype)
-
-    def grown(self, length: int) -> "KVCache":
-        """The same cache with room for `length` positions."""
-        pad = ((0, 0), (0, length - self.key_BTKH.shape[1]), (0, 0), (0, 0))
-        return KVCache(jnp.pad(self.key_BTKH, pad), jnp.pad(self.value_BTKH, pad))
+Storage = jnp.dtype | type
+"""How keys and values are stored: float32, bfloat16 or int8."""
 
 
 def new_cache(
-    config: Transformer, batch_size: int, length: int, dtype: jnp.dtype | type = jnp.float32
-) -> tuple[KVCache, ...]:
+    config: Transformer | ReversibleTransformer | PermutationTransformer,
+    batch_size: int,
+    length: int,
+    dtype: Storage = jnp.float32,
+    rewind: int = 0,
+) -> tuple[LayerCache, ...]:
     """Empty caches, one per layer, for `length` positions of `batch_size` rows.
 
     Raises:
-        ValueError: a layer's mixer is not attention.
+        ValueError: a layer has none; the message says which and why.
     """
-    return tuple(
-        KVCache(*_slots(block.mixer, config.embed_dim, batch_size, length, dtype, number))
-        for number, block in enumerate(config.layers())
-    )
+    return of_layers(config, config.embed_dim, Room(batch_size=batch_size, length=length, dtype=dtype, rewind=rewind))
 
 
 def new_decoder_cache(
@@ -66,25 +40,26 @@ def new_decoder_cache(
     batch_size: int,
     length: int,
     memory_length: int,
-    dtype: jnp.dtype | type = jnp.float32,
-) -> tuple[DecoderLayerCache, ...]:
+    dtype: Storage = jnp.float32,
+    rewind: int = 0,
+) -> tuple[LayerCache, ...]:
     """Empty caches of a decoder that looks at `memory_length` encoder states, one per layer.
 
     Raises:
-        ValueError: a layer's mixer is not attention.
+        ValueError: a layer has none; the message says which and why.
     """
+    room = Room(batch_size=batch_size, length=length, dtype=dtype, memory_length=memory_length, rewind=rewind)
+    return of_layers(config.decoder, config.embed_dim, room)
+
+
+def of_layers(
+    layered: Transformer | ReversibleTransformer | PermutationTransformer | VisualDecoder | Side, dim: int, room: Room
+) -> tuple[LayerCache, ...]:
+    """An empty cache of every layer of a stack of width `dim`, first to last. Raises as `new_cache`."""
     caches = []
-    for number, block in enumerate(config.decoder.layers()):
-        own = _slots(block.mixer, config.embed_dim, batch_size, length, dtype, number)
-        of_memory = _slots(block.cross, config.embed_dim, batch_size, memory_length, dtype, number)
-        caches.append(DecoderLayerCache(KVCache(*own), MemoryCache(*of_memory)))
+    for number, block in enumerate(layered.layers()):
+        try:
+            caches.append(block.new_cache(dim, room))
+        except ValueError as error:
+            raise ValueError(f"layer {number}: {error}") from error
     return tuple(caches)
-
-
-def _slots(
-    mixer: Mixer | None, dim: int, batch_size: int, length: int, dtype: jnp.dtype | type, number: int
-) -> tuple[jax.Array, jax.Array]:
-    if not isinstance(mixer, Attention):
-        raise ValueError(f"layer {number} mixes with {type(mixer).__name__}, which has no key/value cache")
-    shape = (batch_size, length, mixer.num_kv_heads or mixer.num_heads, mixer.resolved_head_dim(dim))
-    return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)

@@ -1,15 +1,12 @@
-"""Greedy decoding with an encoder-decoder: at each step the token that scores highest.
+"""Greedy decoding: at each step the token that scores highest.
 
-    encode    all sources in one pass; the first decoder step keeps the memory's keys and values in every layer
-    decode    one position per row and step, until all rows have ended
+    prefill   what is given, in one pass: the prompts, or the sources and the first tokens of the targets
+    step      one position per row, until all rows have ended
 
-With the keys and values of memory and target kept, a target of N tokens over a source of T costs one encoder pass and
-N decoder positions; without them every step would project the whole memory again in each layer, and run all positions
-before. The result is that of calling the whole model on the target so far and taking the argmax of its last position.
-Greedy decoding finds no better sequence than beam search does, at a fraction of the cost, and needs no length rule.
-
-Shapes are static: sources are right-padded to a multiple of 16 and the last group of rows filled up, so that few
-programs are compiled.
+With the keys and values of all positions kept, n tokens after a prompt of p cost p + n positions; without them every
+step would run all positions before. The result is that of calling the whole model on the tokens so far and taking the
+argmax of its last position. Greedy decoding finds no better sequence than beam search does, at a fraction of the cost,
+and needs no length rule.
 """
 
 import functools
@@ -21,133 +18,79 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from llmlab.infer.cache import new_decoder_cache
-from llmlab.models.encoder_decoder import EncoderDecoderModel
-from llmlab.nn.module import Params, merge, split
-
-_MULTIPLE = 16
+from llmlab.infer.rows import Rows, Start, batches, bucket, chosen_tokens, until_end, vocabulary
+from llmlab.infer.steps import Inputs, Steps, prepare
+from llmlab.nn.module import Params
 
 
 def greedy(
-    model: EncoderDecoderModel,
-    sources: Sequence[Sequence[int]],
+    model: nnx.Module,
+    prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    eos_id: int | None,
-    start_ids: Sequence[int] | None = None,
+    eos_id: int | Sequence[int] | None,
+    start_ids: Sequence[Start] | None = None,
     num_tokens: int | None = None,
-    batch_size: int = 64,
+    inputs: Inputs | None = None,
+    batch_size: int | None = 64,
 ) -> list[list[int]]:
-    """The target that the model writes for each source, without start and end.
+    """What the model writes for each prompt, without start and end.
 
     Args:
-        model: an encoder-decoder.
-        sources: tokens as in training, with whatever begins and ends them there.
-        max_new_tokens: longest target.
-        eos_id: token that ends a target; None decodes to the full length.
-        start_ids: first decoder token of every row; None for the model's own `decoder_start_id`.
+        model: a decoder or an encoder-decoder.
+        prompts: tokens to continue; for an encoder-decoder, sources as in training, with whatever begins and ends them
+            there.
+        max_new_tokens: longest result.
+        eos_id: token or tokens that end a row; None decodes to the full length.
+        start_ids: first decoder token or tokens of every source; None for the model's own `decoder_start_id`.
         num_tokens: only ids below are written: a model's vocabulary is rounded up, and its last rows are no tokens.
-        batch_size: sources that are decoded together; those of about one length are.
+        inputs: what the model is given besides the prompts (images), a row for each prompt.
+        batch_size: prompts that are decoded together, those of about one length; None for all.
 
     Raises:
-        ValueError: a source or target is longer than the model's positions, or there is no start token.
+        ValueError: a row does not fit the model's positions, or there is no start token.
     """
-    starts = _starts(model, sources, start_ids)
-    _check_lengths(model, sources, max_new_tokens)
-    graphdef, params = split(model)
-    targets: list[list[int]] = [[] for _ in sources]
-    by_length = sorted(range(len(sources)), key=lambda row: len(sources[row]))
-    for first in range(0, len(sources), batch_size):
-        rows = by_length[first : first + batch_size]
-        length = _padded(max(len(sources[row]) for row in rows), model.config.max_length)
-        ids, mask = (np.zeros((batch_size, length), np.int32) for _ in range(2))
-        start_B = np.full(batch_size, starts[rows[0]], np.int32)
-        mask[:, 0] = 1  # a row that is not there, or an empty source: attention must have something to see
-        for i, row in enumerate(rows):
-            ids[i, : len(sources[row])] = sources[row]
-            mask[i, : len(sources[row])] = 1
-            start_B[i] = starts[row]
-        limits = (max_new_tokens, eos_id, num_tokens)
-        written = np.asarray(_decode(graphdef, limits, params, ids, mask, start_B, np.int32(len(rows))))
-        for i, row in enumerate(rows):
-            targets[row] = _until(written[i].tolist(), eos_id)
-    return targets
-
-
-def _starts(
-    model: EncoderDecoderModel, sources: Sequence[Sequence[int]], start_ids: Sequence[int] | None
-) -> Sequence[int]:
-    start = model.config.decoder_start_id
-    if start_ids is None:
-        if start is None:
-            raise ValueError(
-                "the model has no decoder_start_id: its targets begin with tokens of their own; give start_ids"
-            )
-        return [start] * len(sources)
-    if len(start_ids) != len(sources):
-        raise ValueError(f"there are {len(start_ids)} start_ids and {len(sources)} sources; give one to each")
-    return start_ids
-
-
-def _check_lengths(model: EncoderDecoderModel, sources: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} is not positive")
-    limit, longest = model.config.max_length, max((len(source) for source in sources), default=0)
-    if limit is not None and max(longest, max_new_tokens) > limit:
-        raise ValueError(
-            f"the longest source has {longest} tokens, max_new_tokens={max_new_tokens}, and the model {limit} "
-            "positions; shorten what is longer"
-        )
-
-
-def _padded(length: int, limit: int | None) -> int:
-    padded = max(-(-length // _MULTIPLE) * _MULTIPLE, _MULTIPLE)
-    return padded if limit is None else min(padded, limit)
-
-
-def _until(tokens: list[int], eos_id: int | None) -> list[int]:
-    return tokens[: tokens.index(eos_id)] if eos_id in tokens else tokens
+    steps, params = prepare(model)
+    num_tokens = vocabulary(steps, num_tokens)
+    end_V = chosen_tokens(num_tokens, eos_id, "eos_id")
+    written: list[list[int]] = [[] for _ in prompts]
+    for rows in batches(
+        steps, prompts, max_new_tokens=max_new_tokens, start_ids=start_ids, inputs=inputs, batch_size=batch_size
+    ):
+        token_BN = np.asarray(_decode(steps, bucket(max_new_tokens), params, rows, max_new_tokens, end_V))
+        for number, tokens in zip(rows.number_B, token_BN[:, :max_new_tokens].tolist(), strict=True):
+            written[number] = list(until_end(tokens, end_V).token_ids)
+    return written
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _decode(
-    graphdef: nnx.GraphDef,
-    limits: tuple[int, int | None, int | None],
-    params: Params,
-    input_ids: jax.Array,
-    attention_mask: jax.Array,
-    start_B: jax.Array,
-    num_rows: jax.Array,
+    steps: Steps, room: int, params: Params, rows: Rows, max_new_tokens: jax.Array | int, end_V: jax.Array
 ) -> jax.Array:
-    """Targets (rows, max_new_tokens); what follows an end means nothing. Rows from `num_rows` on are not waited for."""
-    length, eos_id, num_tokens = limits
-    model: EncoderDecoderModel = merge(graphdef, params)
-    batch, dtype = len(input_ids), jax.tree.leaves(params)[0].dtype
-    memory_BTD = model.encode(input_ids, attention_mask).states
-    memory_mask = model.memory_mask(attention_mask)
-    cache = new_decoder_cache(model.config, batch, length, input_ids.shape[1], dtype)
+    """New tokens (rows, room); what follows an end, or `max_new_tokens`, means nothing."""
+    rows = jax.tree.map(jnp.asarray, rows)
+    batch, given = rows.token_BS.shape
+    row_B = jnp.arange(batch)
+    state = steps.new_state(batch, given + room, jax.tree.leaves(params)[0].dtype, rows.inputs)
+    hidden_BSD, state = steps.prefill(params, state, rows.token_BS, rows.position_BS, rows.inputs)
 
-    def next_token(token_B: jax.Array, position: Any, memory: jax.Array | None, cache: Any) -> tuple[jax.Array, Any]:
-        positions = jnp.full((batch, 1), position, jnp.int32)
-        hidden = model.decode(token_B[:, None], memory, memory_mask, decoder_position_ids=positions, cache=cache)
-        logits_BV = model.project(hidden.states[:, 0])[:, :num_tokens]
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32), hidden.cache
+    def best(hidden_BD: jax.Array) -> jax.Array:
+        return jnp.argmax(steps.project(params, hidden_BD)[:, : len(end_V)], axis=-1).astype(jnp.int32)
 
-    def ended(token_B: jax.Array) -> jax.Array:
-        return token_B == (-1 if eos_id is None else eos_id)
+    token_B = best(hidden_BSD[row_B, rows.length_B - 1])
+    written_BN = jnp.zeros((batch, room), jnp.int32).at[:, 0].set(token_B)
 
-    token_B, cache = next_token(start_B, 0, memory_BTD, cache)
-    written_BS = jnp.zeros((batch, length), jnp.int32).at[:, 0].set(token_B)
-    done_B = ended(token_B) | (jnp.arange(batch) >= num_rows)
+    def unfinished(carry: Any) -> jax.Array:
+        count, _, done_B, _, _ = carry
+        return (count < max_new_tokens) & ~jnp.all(done_B)
 
-    def unfinished(state: Any) -> jax.Array:
-        position, _, done_B, _, _ = state
-        return (position < length) & ~jnp.all(done_B)
+    def step(carry: Any) -> Any:
+        count, token_B, done_B, written_BN, state = carry
+        position_B = rows.length_B + count - 1
+        hidden_BSD, state = steps.step(params, state, token_B[:, None], position_B[:, None])
+        token_B = best(hidden_BSD[:, 0])
+        written_BN = jax.lax.dynamic_update_slice(written_BN, token_B[:, None], (0, count))
+        return count + 1, token_B, done_B | end_V[token_B], written_BN, state
 
-    def step(state: Any) -> Any:
-        position, token_B, done_B, written_BS, cache = state
-        token_B, cache = next_token(token_B, position, None, cache)
-        written_BS = jax.lax.dynamic_update_slice(written_BS, token_B[:, None], (0, position))
-        return position + 1, token_B, done_B | ended(token_B), written_BS, cache
-
-    return jax.lax.while_loop(unfinished, step, (1, token_B, done_B, written_BS, cache))[3]
+    start = (jnp.asarray(1, jnp.int32), token_B, jnp.asarray(end_V)[token_B], written_BN, state)
+    return jax.lax.while_loop(unfinished, step, start)[3]

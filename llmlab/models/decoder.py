@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from llmlab.models.config import Tied, Transformer
 from llmlab.models.losses import mean_cross_entropy
 from llmlab.models.outputs import CausalOutput, Hidden
-from llmlab.nn.config import Auxiliary, Block, Cache, Context
+from llmlab.nn.config import Auxiliary, Block, Context, LayerCache
 from llmlab.nn.dropout import dropout
 from llmlab.nn.embedding import Embedding
 from llmlab.nn.masks import Causal, Mask, Padding, Prefix, Segments
@@ -86,7 +86,7 @@ class DecoderModel(nnx.Module):
         prefix_length: Int[Array, "B"] | None = None,
         labels: Int[Array, "B S"] | None = None,
         key: jax.Array | None = None,
-        cache: Sequence[Cache] | None = None,
+        cache: Sequence[LayerCache] | None = None,
         block_position_ids: Int[Array, "B S"] | None = None,
     ) -> CausalOutput:
         """Logits of every position.
@@ -94,7 +94,8 @@ class DecoderModel(nnx.Module):
         Args:
             input_ids: tokens.
             attention_mask: true or 1 where a token is real; in cached decoding, over the cache's slots.
-            position_ids: position of each token in its document; 0, 1, 2... by default, whatever the padding.
+            position_ids: position of each token in its document; 0, 1, 2... by default, whatever the padding. With a
+                cache, -1 is padding.
             segment_ids: number of the document a token belongs to in a packed row; attention stays inside it.
             prefix_length: tokens at the start of each row that all see each other (a prefix language model).
             labels: the target of each position (already shifted), -100 where it is not counted; gives `loss`.
@@ -126,7 +127,7 @@ class DecoderModel(nnx.Module):
         segment_ids: Int[Array, "B S"] | None = None,
         prefix_length: Int[Array, "B"] | None = None,
         key: jax.Array | None = None,
-        cache: Sequence[Cache] | None = None,
+        cache: Sequence[LayerCache] | None = None,
         block_position_ids: Int[Array, "B S"] | None = None,
     ) -> Hidden:
         """Input of the head, and what else the stack gives; arguments as for a call."""
@@ -140,9 +141,8 @@ class DecoderModel(nnx.Module):
         embedding_key = None if key is None else jax.random.fold_in(key, _EMBEDDING_KEY)
         x_BSD = self.embedding(input_ids, position_ids, block_position_ids, embedding_key)
         x_BSD = shard(x_BSD, "batch", "residual", "embed")
-        context = Context(
-            mask=mask, position_ids=position_ids, valid=valid_tokens(input_ids, attention_mask, segment_ids)
-        )
+        valid = valid_tokens(input_ids, attention_mask, segment_ids) if cache is None else position_ids >= 0
+        context = Context(mask=mask, position_ids=position_ids, valid=valid)
         x_BSD, caches, auxiliary = self.stack(x_BSD, context, key, cache)
         states_BSD = x_BSD if self.final_norm is None else self.final_norm(x_BSD)
         states_BSD = shard(states_BSD, "batch", "sequence", "embed")  # the head splits the vocabulary over tensor
@@ -169,7 +169,7 @@ def valid_tokens(
 ) -> Bool[Array, "B S"] | None:
     """Which tokens are real, as mask and segments (0 is padding) tell; None where neither was given.
 
-    In cached decoding the mask is over the cache's slots and says nothing of the call's tokens, which are real.
+    Not for cached decoding: there the mask is over the cache's slots, and padding has position -1.
     """
     valid = None
     if attention_mask is not None and attention_mask.shape == input_ids.shape:

@@ -355,16 +355,17 @@ class EncoderDecoderModel(nnx.Module):
             memory: from `encode`; None where the cache has its keys and values from an earlier call.
             memory_mask: which of the memory is seen, from `memory_mask`.
             decoder_attention_mask: as for a call; with a cache, over its slots.
-            decoder_position_ids: as for a call.
+            decoder_position_ids: as for a call; with a cache, -1 is padding.
             decoder_segment_ids: as for a call.
             key: makes dropout active.
             cache: one per layer; this call's positions, and the memory's keys and values, are stored in it.
         """
         positions = _positions(decoder_input_ids) if decoder_position_ids is None else decoder_position_ids
+        valid = valid_tokens(decoder_input_ids, decoder_attention_mask, decoder_segment_ids)
         context = Context(
             mask=_own_mask(Causal(), decoder_attention_mask, decoder_segment_ids),
             position_ids=positions,
-            valid=valid_tokens(decoder_input_ids, decoder_attention_mask, decoder_segment_ids),
+            valid=valid if cache is None else positions >= 0,
             memory=memory,
             memory_mask=memory_mask,
         )

@@ -23,8 +23,9 @@ from llmlab.models.heads import SequenceClassification
 from llmlab.models.hf_config import Inexpressible
 from llmlab.models.hf_heads import labels_to_hf
 from llmlab.models.safetensors_io import INDEX, SINGLE, Checkpoint, read_json, write_checkpoint, write_json
-from llmlab.models.weights import dump, load, tensor_shapes, unflatten
+from llmlab.models.weights import dump, flatten, load, tensor_shapes, unflatten
 from llmlab.nn.module import merge, split
+from llmlab.sharding.rules import Placement
 
 CONFIG = "config.json"
 
@@ -35,11 +36,16 @@ FAMILIES: dict[str, HuggingFace] = {
 """Families by the `model_type` of their configs."""
 
 
-def load_hf(directory: str | os.PathLike[str]) -> Any:
+def load_hf(directory: str | os.PathLike[str], *, placement: Placement | None = None) -> Any:
     """The model of a Hugging Face directory, its parameters in float32.
 
     bfloat16 and float16 weights convert without loss. Needs the memory of the float32 model and of its largest
     parameter; the files are mapped, so what they take besides is cache that the system can drop.
+
+    Args:
+        directory: with a config.json and weights.
+        placement: a mesh that each parameter goes to as soon as it is read, every device getting its part alone; None
+            for the first device.
 
     Raises:
         FileNotFoundError: no such directory, or no config or weights in it.
@@ -49,11 +55,12 @@ def load_hf(directory: str | os.PathLike[str]) -> Any:
     root = Path(directory)
     family, config = _read_config(root)
     model = family.from_hf(config)
-    graphdef, shapes, _ = model.abstract()
+    graphdef, shapes, axes = model.abstract()
+    shardings = {} if placement is None else flatten(placement.shardings(axes, shapes))
     leaves: dict[str, jax.Array] = {}
     with Checkpoint(root) as checkpoint:
         for path, array in load(family.weights, shapes, checkpoint, where=str(root)):
-            leaves[path] = jax.device_put(array)
+            leaves[path] = jax.device_put(array, shardings.get(path))
     return merge(graphdef, unflatten(leaves))
 
 

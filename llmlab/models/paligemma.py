@@ -23,7 +23,7 @@ attention (Flamingo) the image's tokens run through all layers of the decoder: d
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,10 +42,10 @@ from llmlab.models.losses import mean_cross_entropy
 from llmlab.models.outputs import Hidden, VisionLanguageOutput
 from llmlab.models.vision import VisionModel, VisionTransformer
 from llmlab.models.weights import WeightTable, linear, part
-from llmlab.nn.config import Auxiliary, Context
+from llmlab.nn.config import Auxiliary, Context, LayerCache
 from llmlab.nn.dense import Dense
 from llmlab.nn.dropout import split_key
-from llmlab.nn.masks import Causal, Marked, Mask, Padding
+from llmlab.nn.masks import Causal, Marked, Mask, Padding, Prefix
 from llmlab.sharding import shard
 
 
@@ -166,6 +166,33 @@ class PaliGemmaModel(nnx.Module):
         images_IND = self.embed_images(pixel_values, key_vision)
         return self._decode(input_ids, images_IND, attention_mask, token_type_ids, position_ids, key_text)
 
+    def prefill(
+        self,
+        input_ids: Int[Array, "B S"],
+        pixel_values: Float[Array, "*images height width C"],
+        position_ids: Int[Array, "B S"],
+        cache: Sequence[LayerCache],
+        token_type_ids: Int[Array, "B S"] | None = None,
+    ) -> Hidden:
+        """`hidden_states` of rows' first tokens, which a cache of every decoder layer then holds; what follows them is
+        text like any other, for `text.hidden_states`.
+
+        Args:
+            input_ids: tokens; all that are given see each other, so none of them may come later.
+            pixel_values: as for a call.
+            position_ids: 0, 1, 2...; -1 for padding. (Counted from 0 or from 1, distances are the same.)
+            cache: of `text`.
+            token_type_ids: as for a call; None: all are given.
+        """
+        given_BS = position_ids >= 0
+        if token_type_ids is not None:
+            given_BS = given_BS & (token_type_ids == 0)
+        is_image = (input_ids == self.config.image_token_id) & (position_ids >= 0)
+        x_BSD = self._embed(input_ids, self.embed_images(pixel_values), is_image, position_ids)
+        mask = Prefix(jnp.sum(given_BS, axis=1))
+        context = Context(mask=mask, position_ids=position_ids, valid=position_ids >= 0)
+        return self._states(x_BSD, context, None, cache)
+
     def embed_images(
         self, pixel_values: Float[Array, "*images height width C"], key: jax.Array | None = None
     ) -> Float[Array, "I N D"]:
@@ -194,16 +221,34 @@ class PaliGemmaModel(nnx.Module):
             position_ids = jnp.broadcast_to(1 + jnp.arange(input_ids.shape[1]), input_ids.shape)
         key_embedding, key_stack = split_key(key, 2)
         is_image = input_ids == self.config.image_token_id
-        x_BSD = self.text.embedding(jnp.where(is_image, 0, input_ids), position_ids, key=key_embedding)
-        x_BSD = shard(placed(x_BSD, is_image, images_IND), "batch", "residual", "embed")
+        x_BSD = self._embed(input_ids, images_IND, is_image, position_ids, key_embedding)
         mask: Mask = Causal() if token_type_ids is None else Marked(token_type_ids == 0)
         valid = None
         if attention_mask is not None:
             valid = attention_mask.astype(bool)
             mask = mask & Padding(valid)
-        context = Context(mask=mask, position_ids=position_ids, valid=valid)
-        x_BSD, _, auxiliary = self.text.stack(x_BSD, context, key_stack)
-        return Hidden(x_BSD if self.text.final_norm is None else self.text.final_norm(x_BSD), None, auxiliary)
+        return self._states(x_BSD, Context(mask=mask, position_ids=position_ids, valid=valid), key_stack)
+
+    def _embed(
+        self,
+        input_ids: Int[Array, "B S"],
+        images_IND: Float[Array, "I N D"],
+        is_image: Bool[Array, "B S"],
+        position_ids: Int[Array, "B S"],
+        key: jax.Array | None = None,
+    ) -> Float[Array, "B S D"]:
+        x_BSD = self.text.embedding(jnp.where(is_image, 0, input_ids), position_ids, key=key)
+        return shard(placed(x_BSD, is_image, images_IND), "batch", "residual", "embed")
+
+    def _states(
+        self,
+        x_BSD: Float[Array, "B S D"],
+        context: Context,
+        key: jax.Array | None,
+        cache: Sequence[LayerCache] | None = None,
+    ) -> Hidden:
+        x_BSD, caches, auxiliary = self.text.stack(x_BSD, context, key, cache)
+        return Hidden(x_BSD if self.text.final_norm is None else self.text.final_norm(x_BSD), caches, auxiliary)
 
 
 def placed(

@@ -11,7 +11,8 @@ paper trained.
 Cost per token and layer: 24 D^2 FLOPs forward in parameter matmuls, and 8 M D in attention where softmax takes 4 S D:
 cheaper from S = 2 M on, 512 tokens for the usual 256 features, and its memory is O(S M) from the first. What it
 trades: attention is an estimate, poor where it should be sharp, and the features are the same in every layer of a
-model unless redrawn (`draws`). A decoder keeps sums instead of keys and values, for which there is no cache here.
+model unless redrawn (`draws`). To decode, a layer keeps sums instead of keys and values: M (D + N) numbers for N heads,
+however long the text is.
 """
 
 from llmlab.models.config import Head, ModelConfig, Tied, Transformer, named

@@ -13,10 +13,15 @@ is a Transformer-XL, a causal decoder with memory.
 
 `mems` are the layers' inputs of the segments before, and come back with this one's added. Distances are relative, so
 the padding's place changes nothing and packed documents compute what they would alone.
+
+Text is written in the order z = 1, 2, 3, ...: token t's content state sees those up to it, and a query state at the
+place behind it predicts the next one. So content states never change again, and `next_states` caches their keys and
+values.
 """
 
 import math
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -31,6 +36,7 @@ from llmlab.models.decoder import auxiliary_losses
 from llmlab.models.heads import EncoderHead, Inputs, Labelled, MaskedLM, MaskedLMHead, Targets
 from llmlab.models.losses import mean_cross_entropy
 from llmlab.models.outputs import EncoderOutput, Hidden, PermutationOutput, SequenceOutput, SpanOutput, TokenOutput
+from llmlab.nn.cache import KVCache
 from llmlab.nn.config import Auxiliary, Block, Memory
 from llmlab.nn.dropout import check_rate, dropout, split_key
 from llmlab.nn.embedding import Embedding
@@ -258,6 +264,46 @@ class PermutationModel(nnx.Module):
         if inputs is not None and memories is not None:
             kept = tuple(self._remembered(*pair) for pair in zip(memories, inputs, strict=True))
         return Hidden(states=states, cache=kept, auxiliary=auxiliary)
+
+    def next_states(
+        self, input_ids: Int[Array, "B S"], position_ids: Int[Array, "B S"], cache: Sequence[KVCache]
+    ) -> Hidden:
+        """Query states of the place behind each token, which sees the tokens up to it: what predicts the next token.
+
+        Equal to a call with these tokens and one more of any kind at the end, a `perm_mask` that hides from token i all
+        from i on, and a `target_mapping` to the places from 1 on.
+
+        Args:
+            input_ids: tokens.
+            position_ids: their consecutive places in the row; -1 for padding.
+            cache: keys and values of the tokens before, one per layer.
+
+        Raises:
+            ValueError: an option of the model under which content states would change as the row grows.
+        """
+        config, (batch, length) = self.config, input_ids.shape
+        if config.same_length or config.backward_half:
+            option = "same_length" if config.same_length else "backward_half"
+            raise ValueError(
+                f"{option}=True: what a token sees depends on the whole batch; generate with {option}=False"
+            )
+        num_keys = cache[0].key.num_slots
+        seen_BST = jnp.arange(num_keys) <= position_ids[:, :, None]
+        distances = encoded_distances(num_keys, 0, config.embed_dim, clamp=config.clamp_length)
+        place_BS = jnp.maximum(position_ids, 0)
+        context = TwoStreamContext(
+            mask=Full(),
+            position_ids=position_ids,
+            valid=jnp.tile(position_ids >= 0, (1, 2)),
+            distances_GRD=jnp.asarray(distances)[None],
+            content=Stream(first_BQ=num_keys - place_BS, allowed_BQT=seen_BST, other_BQT=None),
+            query=Stream(first_BQ=num_keys - place_BS - 1, allowed_BQT=seen_BST, other_BQT=None),
+        )
+        h_BSD = self.tokens(input_ids)
+        g_BSD = jnp.broadcast_to(self.query_start[...].astype(h_BSD.dtype), (batch, length, config.embed_dim))
+        x_BXD = shard(jnp.concatenate([h_BSD, g_BSD], axis=1), "batch", "residual", "embed")
+        x_BXD, caches, auxiliary = self.stack(x_BXD, context, None, cache)
+        return Hidden(states=x_BXD[:, length:], cache=caches, auxiliary=auxiliary)
 
     def auxiliary_losses(self, auxiliary: Auxiliary) -> dict[str, Float[Array, ""]]:
         """Weighted terms that training adds to the mean loss, by name; none for most models."""

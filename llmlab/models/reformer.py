@@ -14,7 +14,7 @@ are a grid of two short tables (nn/axial.py). No biases but in the MLP; the head
 Cost per token and layer: 6 to 8 D^2 + 4 D F FLOPs forward in parameter matmuls and 4 C (1 + before + after) D per
 round in attention, whatever the length; memory O(S) in length and O(1) in depth. What it trades: attention is
 approximate and differs with the rotations, a sequence is padded to whole chunks, documents cannot share a row, and
-nothing is cached for decoding.
+hashing layers cannot be decoded from a cache: every new token sorts the row anew.
 """
 
 import json

@@ -9,7 +9,7 @@ for all layers, to a multiple of all their chunks; the padding is masked and cut
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from llmlab.models.config import ModelConfig, Shapes, Untied, check_stack, layer
 from llmlab.models.decoder import valid_tokens
 from llmlab.models.heads import EncoderHead, Inputs, Labelled, MaskedLM, Targets
 from llmlab.models.outputs import EncoderOutput, Hidden, PreTrainingOutput, SequenceOutput, SpanOutput, TokenOutput
-from llmlab.nn.config import Auxiliary, Block, Context, Norm
+from llmlab.nn.config import Auxiliary, Block, Context, LayerCache, Norm
 from llmlab.nn.dropout import check_rate, dropout, split_key
 from llmlab.nn.embedding import Embedding
 from llmlab.nn.lsh import ChunkedAttention
@@ -166,11 +166,12 @@ class ReversibleModel(nnx.Module):
         segment_ids: Int[Array, "B S"] | None = None,
         draws: Mapping[str, Array] | None = None,
         key: jax.Array | None = None,
+        cache: Sequence[LayerCache] | None = None,
     ) -> Hidden:
-        """Input of the head; arguments as for a call."""
+        """Input of the head; arguments as for a call, and a cache of every layer, which then holds these tokens too."""
         key_embedding, key_stack, key_states = split_key(key, 3)
         length = input_ids.shape[1]
-        missing = self.config.padded(length) - length
+        missing = self.config.padded(length) - length if cache is None else 0
         if position_ids is None:
             position_ids = jnp.broadcast_to(jnp.arange(length), input_ids.shape)
         x_BSD = self.tokens(input_ids)
@@ -191,9 +192,9 @@ class ReversibleModel(nnx.Module):
             draws=draws,
         )
         x_BSD = shard(_extended(x_BSD, missing), "batch", "residual", "embed")
-        y_BSE, _, auxiliary = self.stack(x_BSD, context, key_stack)
+        y_BSE, caches, auxiliary = self.stack(x_BSD, context, key_stack, cache)
         states_BSE = self.final_norm(y_BSE[:, :length])
-        return Hidden(states=dropout(states_BSE, self.config.dropout, key_states), auxiliary=auxiliary)
+        return Hidden(dropout(states_BSE, self.config.dropout, key_states), caches, auxiliary)
 
     def auxiliary_losses(self, auxiliary: Auxiliary) -> dict[str, Float[Array, ""]]:
         """Weighted terms that training adds to the mean loss: none, reversible layers report nothing."""

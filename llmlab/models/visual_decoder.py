@@ -9,6 +9,7 @@ is said by `image_attention_mask`; in the paper, those of the last image before 
 images, plus a gated layer every so many blocks; any number of images fit, since nothing of them is in the sequence.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ from llmlab.models.decoder import auxiliary_losses
 from llmlab.models.losses import mean_cross_entropy
 from llmlab.models.outputs import Hidden, VisionLanguageOutput
 from llmlab.models.vision import VisionModel, VisionTransformer
-from llmlab.nn.config import Auxiliary, Block, Context, Norm
+from llmlab.nn.config import Auxiliary, Block, Context, LayerCache, Norm
 from llmlab.nn.dropout import split_key
 from llmlab.nn.embedding import Embedding
 from llmlab.nn.gated_cross import GatedBlock
@@ -201,16 +202,21 @@ class VisualDecoderModel(nnx.Module):
     def hidden_states(
         self,
         input_ids: Int[Array, "B S"],
-        pixel_values: Float[Array, "B I height width C"],
+        pixel_values: Float[Array, "B I height width C"] | None,
         image_attention_mask: Bool[Array, "B S I"] | Int[Array, "B S I"] | None = None,
         attention_mask: Bool[Array, "B S"] | Int[Array, "B S"] | None = None,
         position_ids: Int[Array, "B S"] | None = None,
         key: jax.Array | None = None,
+        cache: Sequence[LayerCache] | None = None,
     ) -> Hidden:
-        """Input of the head; arguments as for a call."""
+        """Input of the head; arguments as for a call, and a cache of every layer.
+
+        With a cache, position -1 is padding, and a call with images stores their keys and values: later ones are given
+        None.
+        """
         key_vision, key_text = split_key(key, 2)
-        images = self.embed_images(pixel_values, key_vision)
-        return self._decode(input_ids, images, image_attention_mask, attention_mask, position_ids, key_text)
+        images = None if pixel_values is None else self.embed_images(pixel_values, key_vision)
+        return self._decode(input_ids, images, image_attention_mask, attention_mask, position_ids, key_text, cache)
 
     def embed_images(
         self, pixel_values: Float[Array, "B I height width C"], key: jax.Array | None = None
@@ -237,24 +243,25 @@ class VisualDecoderModel(nnx.Module):
     def _decode(
         self,
         input_ids: Int[Array, "B S"],
-        images: Float[Array, "BI N E"],
+        images: Float[Array, "BI N E"] | None,
         image_attention_mask: Bool[Array, "B S I"] | Int[Array, "B S I"] | None,
         attention_mask: Bool[Array, "B S"] | Int[Array, "B S"] | None,
         position_ids: Int[Array, "B S"] | None,
         key: jax.Array | None,
+        cache: Sequence[LayerCache] | None = None,
     ) -> Hidden:
         if position_ids is None:
             position_ids = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
         mask: Mask = Causal()
-        valid = None
+        valid = None if cache is None else position_ids >= 0
         if attention_mask is not None:
             valid = attention_mask.astype(bool)
             mask = mask & Padding(valid)
         looking: Any = None
         if image_attention_mask is not None:
-            looking = Groups(image_attention_mask.astype(bool), images.shape[1])
-        memory = images.reshape(len(input_ids), -1, images.shape[-1])
+            looking = Groups(image_attention_mask.astype(bool), self.config.tokens_per_image)
+        memory = None if images is None else images.reshape(len(input_ids), -1, images.shape[-1])
         context = Context(mask=mask, position_ids=position_ids, valid=valid, memory=memory, memory_mask=looking)
         x_BSD = shard(self.embedding(input_ids), "batch", "residual", "embed")
-        x_BSD, _, auxiliary = self.stack(x_BSD, context, key)
-        return Hidden(x_BSD if self.final_norm is None else self.final_norm(x_BSD), None, auxiliary)
+        x_BSD, caches, auxiliary = self.stack(x_BSD, context, key, cache)
+        return Hidden(x_BSD if self.final_norm is None else self.final_norm(x_BSD), caches, auxiliary)

@@ -22,7 +22,8 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from llmlab.nn.config import Cache, Context, Mixer, Norm
+from llmlab.nn.cache import KVCache, MemoryCache, RollingCache
+from llmlab.nn.config import Cache, Context, LayerCache, Mixer, Norm, Room
 from llmlab.nn.dense import Dense
 from llmlab.nn.dropout import check_rate
 from llmlab.nn.kernels import Kernel, attention
@@ -33,15 +34,6 @@ from llmlab.nn.masks import Full, Mask, SlidingWindow
 from llmlab.nn.mup import MuP
 from llmlab.nn.positions import BiasPosition, QueryKeyPosition
 from llmlab.sharding import shard
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class MemoryCache:
-    """Keys and values that one cross-attention layer computed of the memory."""
-
-    key_BTKH: Float[Array, "B T K H"]
-    value_BTKH: Float[Array, "B T K H"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +92,16 @@ class Attention(Mixer):
             return self
         return dataclasses.replace(self, scale=mup.attention_scale(head_dim, self.scale))
 
+    def new_cache(self, dim: int, room: Room) -> LayerCache:
+        """Rolling where the layer has a window that is shorter than the sequence."""
+        if self.window is not None and self.window + room.rewind < room.length:
+            return RollingCache.empty(self.cache_shape(dim, room.batch_size, self.window + room.rewind), room.dtype)
+        return KVCache.empty(self.cache_shape(dim, room.batch_size, room.length), room.dtype)
+
+    def cache_shape(self, dim: int, batch_size: int, length: int) -> tuple[int, int, int, int]:
+        """Shape of the keys of `length` tokens, in a model of width `dim`."""
+        return batch_size, length, self.num_kv_heads or self.num_heads, self.resolved_head_dim(dim)
+
     def source_dim(self, dim: int) -> int:
         """Width of what keys and values are made of, in a model of width `dim`."""
         return dim
@@ -115,6 +117,9 @@ class CrossAttention(Attention):
 
     memory_dim: int | None = None
     """Width of that output; None for the model's own."""
+
+    def new_cache(self, dim: int, room: Room) -> LayerCache:
+        return MemoryCache.empty(self.cache_shape(dim, room.batch_size, room.memory_length), room.dtype)
 
     def source_dim(self, dim: int) -> int:
         return self.memory_dim or dim
@@ -165,12 +170,12 @@ class AttentionLayer(nnx.Module):
         cache: Cache | None = None,
     ) -> tuple[Float[Array, "B S D"], Cache | None]:
         q_BSNH, k_BTKH, v_BTKH = self.placed(x_BSD, context)
-        query_index = None
+        query_index = key_index = None
         if cache is not None:
+            query_index, key_index = context.position_ids, cache.key_positions(context.position_ids)
             cache, k_BTKH, v_BTKH = cache.update(k_BTKH, v_BTKH, context.position_ids)
-            query_index = context.position_ids  # slot t of the cache is position t
         mask, bias = self.restrictions(context)
-        return self.attend(q_BSNH, k_BTKH, v_BTKH, mask, key, query_index, bias), cache
+        return self.attend(q_BSNH, k_BTKH, v_BTKH, mask, key, bias, query_index, key_index), cache
 
     def weights(self, x_BSD: Float[Array, "B S D"], context: Context) -> Float[Array, "B N S T"]:
         """How much every query of every head takes of each key, float32: rows sum to one (zero where all is masked).
@@ -217,8 +222,9 @@ class AttentionLayer(nnx.Module):
         v_BTKH: Float[Array, "B T K H"],
         mask: Mask,
         key: jax.Array | None,
-        query_index: jax.Array | None = None,
         bias: Bias | None = None,
+        query_index: jax.Array | None = None,
+        key_index: jax.Array | None = None,
     ) -> Float[Array, "B S D"]:
         """Attention over the given keys, projected back to the residual stream."""
         o_BSNH = attention(
@@ -233,6 +239,7 @@ class AttentionLayer(nnx.Module):
             key=key,
             kernel=self.config.kernel,
             query_index=query_index,
+            key_index=key_index,
         )
         return self.output(shard(o_BSNH, "batch", "sequence", "heads", "head_dim"))
 
@@ -252,12 +259,10 @@ class CrossAttentionLayer(AttentionLayer):
         if context.memory is not None:
             q_BSNH, k_BTKH, v_BTKH = self.project(x_BSD, context.memory)
             if cache is not None:
-                cache = MemoryCache(k_BTKH.astype(cache.key_BTKH.dtype), v_BTKH.astype(cache.value_BTKH.dtype))
+                cache = cache.filled(k_BTKH, v_BTKH)
+                k_BTKH, v_BTKH = cache.read(x_BSD.dtype)
         elif cache is not None:
-            q_BSNH, k_BTKH, v_BTKH = (
-                self.queries(x_BSD),
-                *(stored.astype(x_BSD.dtype) for stored in (cache.key_BTKH, cache.value_BTKH)),
-            )
+            q_BSNH, (k_BTKH, v_BTKH) = self.queries(x_BSD), cache.read(x_BSD.dtype)
         else:
             raise ValueError("cross-attention needs encoder states: pass them as context.memory")
         return self.attend(q_BSNH, k_BTKH, v_BTKH, mask, key), cache

@@ -25,13 +25,40 @@ Auxiliary = dict[str, Array]
 
 @runtime_checkable
 class Cache(Protocol):
-    """Keys and values of the positions seen so far, for one attention layer."""
+    """Keys and values of the positions seen so far, for one attention layer (see nn.cache).
+
+    A kind in which slot t is position t inherits from this class and has only an `update`.
+    """
 
     def update(
         self, key: Float[Array, "B S K H"], value: Float[Array, "B S K H"], position_ids: Int[Array, "B S"]
     ) -> "tuple[Cache, Float[Array, 'B T K H'], Float[Array, 'B T K H']]":
-        """Store the new positions; returns the cache and everything it now holds, slot t being position t."""
+        """Store the new positions, consecutive in every row; returns the cache and all keys and values to attend to.
+
+        A token at position -1 is padding and is stored nowhere.
+        """
         ...
+
+    def key_positions(self, position_ids: Int[Array, "B S"]) -> Int[Array, "B T"] | None:
+        """Positions of the keys that `update` returns for these new ones, -1 for a slot with no key in it; None where
+        key t has position t."""
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """What caches are to have room for."""
+
+    batch_size: int
+    """Rows."""
+    length: int
+    """Positions of each."""
+    dtype: Any
+    """Storage of keys and values: float32, bfloat16 or int8."""
+    memory_length: int = 0
+    """Length of the memory that cross-attention looks at."""
+    rewind: int = 0
+    """How many positions may be taken back at a time (by speculative decoding, say)."""
 
 
 @jax.tree_util.register_dataclass
@@ -51,7 +78,7 @@ class DecoderLayerCache:
     mixer: Cache
     """Keys and values of its own sequence."""
     cross: Any
-    """Keys and values of the encoder's states (nn.attention.MemoryCache)."""
+    """Keys and values of the encoder's states (nn.cache.MemoryCache)."""
 
 
 LayerCache = Any
@@ -106,6 +133,14 @@ class Mixer(abc.ABC):
     @abc.abstractmethod
     def context_flops(self, dim: int, sequence_length: int) -> int:
         """Forward FLOPs per token of what is no parameter matmul (scores and weighted sum, counted in full)."""
+
+    def new_cache(self, dim: int, room: Room) -> LayerCache:
+        """What a layer of a model of width `dim` carries from one call to the next, nothing in it yet.
+
+        Raises:
+            ValueError: there is no such thing that would give the results of the whole forward pass.
+        """
+        raise ValueError(f"{type(self).__name__} has no cache; run the model on the whole sequence at every token")
 
     def under_mup(self, mup: MuP, dim: int) -> "Mixer":
         """The mixer with muP's factors for a model of width `dim`; itself where that is the base model's.
@@ -173,6 +208,11 @@ class Block:
     def build(self, dim: int, *, rngs: nnx.Rngs, depth: int = 1) -> nnx.Module:
         """Module `(x_BSD, context, key=None, cache=None) -> (y_BSD, cache, auxiliary)`."""
         return self.wiring.build(self, dim, rngs=rngs, depth=depth)
+
+    def new_cache(self, dim: int, room: Room) -> LayerCache:
+        """What a layer carries from one call to the next, empty. Raises ValueError where its mixer has none."""
+        own = self.mixer.new_cache(dim, room)
+        return own if self.cross is None else DecoderLayerCache(own, self.cross.new_cache(dim, room))
 
     def under_mup(self, mup: MuP, dim: int) -> "Block":
         """The block with muP's factors for a model of width `dim`. Raises ValueError where they are not known."""

@@ -25,6 +25,8 @@ padding, nor another document in the row can be noticed.
     time      4 S M H multiply-adds a head (features of q and k, sums, outputs); causal: C (M + H) S more
     memory    O(S M), and M x H sums for every chunk: never S x S
     trades    exactness: the variance grows as exp(|x + y|^2), so sharp attention needs many features
+
+A causal layer decodes from A and b alone: FavorState, M (H + 1) numbers a head, however long the text is.
 """
 
 import math
@@ -39,7 +41,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from llmlab.nn.attention import head_width
-from llmlab.nn.config import Cache, Context, Mixer
+from llmlab.nn.config import Context, Mixer, Room
 from llmlab.nn.dense import Dense
 from llmlab.nn.kernels.scoring import FORBIDDEN
 from llmlab.nn.masks import Mask, Visibility
@@ -47,6 +49,31 @@ from llmlab.nn.positions import QueryKeyPosition
 from llmlab.sharding import shard
 
 Feature = Literal["softmax", "relu"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class FavorState:
+    """The sums over all tokens of a row so far, float32: sums of n terms want more bits than one of them."""
+
+    sums_BNMV: Float[Array, "B N M V"]
+    """Of phi(k) v^T / exp(top), where v has a one at its end."""
+    flat_BNV: Float[Array, "B N V"]
+    """Of v, for what is added to every feature."""
+    top_BN: Float[Array, "B N"]
+    """The greatest level of a key so far, max_w w.y; that of an empty row is FORBIDDEN."""
+
+    @classmethod
+    def empty(cls, batch_size: int, num_heads: int, num_features: int, head_dim: int) -> "FavorState":
+        """No tokens yet."""
+        shape = (batch_size, num_heads, num_features, head_dim + 1)
+        zeros = jnp.zeros(shape), jnp.zeros((*shape[:2], head_dim + 1)), jnp.full(shape[:2], FORBIDDEN)
+        return cls(*zeros).placed()
+
+    def placed(self) -> "FavorState":
+        """On a mesh: rows and heads are split as they are in attention."""
+        return jax.tree.map(lambda x: shard(x, "batch", "heads", *[None] * (x.ndim - 2)), self)
+
 
 _EPSILON: dict[str, float] = {"softmax": 1e-6, "relu": 1e-3}  # paper, appendix A
 
@@ -88,6 +115,19 @@ class FavorAttention(Mixer):
     def build(self, dim: int, *, rngs: nnx.Rngs, depth: int = 1) -> "FavorLayer":
         return FavorLayer(self, dim, rngs=rngs, depth=depth)
 
+    def new_cache(self, dim: int, room: Room) -> FavorState:
+        if not self.causal:
+            raise ValueError(
+                "FavorAttention(causal=False) sums over the whole row, so it cannot decode; use causal=True"
+            )
+        if room.rewind:
+            raise ValueError(
+                f"rewind={room.rewind}: FavorAttention keeps sums, of which nothing can be taken back; keep the state "
+                "from before and go on from there, with rewind=0"
+            )
+        head_dim = head_width(dim, self.num_heads, self.head_dim)
+        return FavorState.empty(room.batch_size, self.num_heads, self.num_features, head_dim)
+
     def context_flops(self, dim: int, sequence_length: int) -> int:
         width = head_width(dim, self.num_heads, self.head_dim)
         summed = width + 1  # the values and a one, whose sum is the denominator
@@ -115,11 +155,11 @@ class FavorLayer(nnx.Module):
         x_BSD: Float[Array, "B S D"],
         context: Context,
         key: jax.Array | None = None,
-        cache: Cache | None = None,
-    ) -> tuple[Float[Array, "B S D"], Cache | None]:
-        if cache is not None:
-            raise ValueError("FavorAttention keeps sums, not keys and values, and has no cache; decode without one")
+        cache: FavorState | None = None,
+    ) -> tuple[Float[Array, "B S D"], FavorState | None]:
         seen = self._visibility(context.mask)
+        if cache is not None:
+            seen = _of_new_tokens(seen, context)
         q_BSNH = shard(self.query(x_BSD), "batch", "sequence", "heads", "head_dim")
         k_BSNH = shard(self.key(x_BSD), "batch", "sequence", "heads", "head_dim")
         v_BSNH = shard(self.value(x_BSD), "batch", "sequence", "heads", "head_dim")
@@ -131,9 +171,11 @@ class FavorLayer(nnx.Module):
         w_NMH = draws.get("favor_features")
         if w_NMH is None:
             w_NMH = jnp.asarray(orthogonal_features(config.seed, config.num_heads, config.num_features, head_dim))
-        o_BSNH = favor(
-            q_BSNH, k_BSNH, v_BSNH, w_NMH, seen, feature=config.feature, epsilon=self.epsilon, chunk=config.chunk
-        )
+        kernel = {"feature": config.feature, "epsilon": self.epsilon, "chunk": config.chunk}
+        if cache is None:
+            o_BSNH = favor(q_BSNH, k_BSNH, v_BSNH, w_NMH, seen, **kernel)
+        else:
+            o_BSNH, cache = favor_from(cache, q_BSNH, k_BSNH, v_BSNH, w_NMH, seen, **kernel)
         return self.output(shard(o_BSNH, "batch", "sequence", "heads", "head_dim")), cache
 
     def _visibility(self, mask: Mask) -> Visibility:
@@ -204,15 +246,7 @@ def favor(
         epsilon: added to features of queries and keys.
         chunk: positions per chunk of prefix sums.
     """
-    floor = epsilon if feature == "softmax" else 0.0  # what keys' features are given after they are scaled
-    queries, keys = features(q_BSNH, w_NMH, feature, epsilon), features(k_BSNH, w_NMH, feature, epsilon)
-    ones_BSN1 = jnp.ones((*v_BSNH.shape[:3], 1), jnp.float32)
-    v_BNSV = jnp.concatenate([v_BSNH.astype(jnp.float32), ones_BSN1], axis=-1).swapaxes(1, 2)
-    q_BNSM, (k_BNSM, level_BNS) = queries.scaled_BNSM + floor, keys
-    if seen.real_BT is not None:
-        real_BNS = seen.real_BT[:, None]
-        k_BNSM, v_BNSV = k_BNSM * real_BNS[..., None], v_BNSV * real_BNS[..., None]
-        level_BNS = jnp.where(real_BNS, level_BNS, FORBIDDEN)
+    floor, q_BNSM, k_BNSM, v_BNSV, level_BNS = _prepared(q_BSNH, k_BSNH, v_BSNH, w_NMH, seen, feature, epsilon)
     segments_BS = seen.segments_BT
     if segments_BS is None and not seen.causal:
         scale_BNS = jnp.exp(level_BNS - level_BNS.max(axis=-1, keepdims=True))
@@ -226,13 +260,71 @@ def favor(
             tail_BNS = _flip(_running_max(_flip(level_BNS), _flip(segments_BS, 1), chunk))
             top_BNS = jnp.maximum(top_BNS, tail_BNS)
         row = _Row(q_BNSM, k_BNSM, v_BNSV, level_BNS, top_BNS, segments_BS)
-        o_BNSV = _sums_before(row, floor, chunk, inclusive=True)
+        o_BNSV, _ = _sums_before(row, floor, chunk, inclusive=True)
         if not seen.causal:
             row = _Row(*(_flip(x) for x in row[:-1]), segments=_flip(segments_BS, 1))
-            o_BNSV += _flip(_sums_before(row, floor, chunk, inclusive=False))
+            o_BNSV += _flip(_sums_before(row, floor, chunk, inclusive=False)[0])
+    return _quotient(o_BNSV, v_BSNH)
+
+
+def favor_from(
+    state: FavorState,
+    q_BSNH: Float[Array, "B S N H"],
+    k_BSNH: Float[Array, "B S N H"],
+    v_BSNH: Float[Array, "B S N H"],
+    w_NMH: Float[Array, "N M H"],
+    seen: Visibility,
+    *,
+    feature: Feature = "softmax",
+    epsilon: float = 1e-6,
+    chunk: int = 128,
+) -> tuple[Float[Array, "B S N H"], FavorState]:
+    """`favor`, causal, for tokens that follow those of a state; and the state with them in it."""
+    floor, q_BNSM, k_BNSM, v_BNSV, level_BNS = _prepared(q_BSNH, k_BSNH, v_BSNH, w_NMH, seen, feature, epsilon)
+    one_document_BS = jnp.zeros(q_BSNH.shape[:2], jnp.int32)
+    top_BNS = jnp.maximum(_running_max(level_BNS, one_document_BS, chunk), state.top_BN[..., None])
+    row = _Row(q_BNSM, k_BNSM, v_BNSV, level_BNS, top_BNS, one_document_BS)
+    o_BNSV, state = _sums_before(row, floor, chunk, inclusive=True, before=state)
+    return _quotient(o_BNSV, v_BSNH), state.placed()
+
+
+def _prepared(
+    q_BSNH: Float[Array, "B S N H"],
+    k_BSNH: Float[Array, "B S N H"],
+    v_BSNH: Float[Array, "B S N H"],
+    w_NMH: Float[Array, "N M H"],
+    seen: Visibility,
+    feature: Feature,
+    epsilon: float,
+) -> tuple[float, jax.Array, jax.Array, jax.Array, jax.Array]:
+    """What is added to scaled features of keys; features of queries and keys; values and a one; levels of keys."""
+    floor = epsilon if feature == "softmax" else 0.0
+    queries, keys = features(q_BSNH, w_NMH, feature, epsilon), features(k_BSNH, w_NMH, feature, epsilon)
+    ones_BSN1 = jnp.ones((*v_BSNH.shape[:3], 1), jnp.float32)
+    v_BNSV = jnp.concatenate([v_BSNH.astype(jnp.float32), ones_BSN1], axis=-1).swapaxes(1, 2)
+    q_BNSM, (k_BNSM, level_BNS) = queries.scaled_BNSM + floor, keys
+    if seen.real_BT is not None:
+        real_BNS = seen.real_BT[:, None]
+        k_BNSM, v_BNSV = k_BNSM * real_BNS[..., None], v_BNSV * real_BNS[..., None]
+        level_BNS = jnp.where(real_BNS, level_BNS, FORBIDDEN)
+    return floor, q_BNSM, k_BNSM, v_BNSV, level_BNS
+
+
+def _quotient(o_BNSV: jax.Array, v_BSNH: jax.Array) -> jax.Array:
+    """Weighted sums of values over the sum of weights; zeros where nothing is seen."""
     total_BNS1 = o_BNSV[..., -1:]
     o_BNSH = o_BNSV[..., :-1] / jnp.where(total_BNS1 == 0.0, 1.0, total_BNS1)
     return o_BNSH.swapaxes(1, 2).astype(v_BSNH.dtype)
+
+
+def _of_new_tokens(seen: Visibility, context: Context) -> Visibility:
+    """What the mask says of the tokens of a call that follow a state: padding is at position -1."""
+    if seen.real_BT is not None or seen.segments_BT is not None:
+        raise ValueError(
+            "FavorAttention decodes from sums and has no slots for a mask to name; give no attention_mask or "
+            "segment_ids, and padding the position -1"
+        )
+    return Visibility(causal=seen.causal, real_BT=context.position_ids >= 0, segments_BT=None)
 
 
 class _Row(NamedTuple):
@@ -252,8 +344,11 @@ class _Row(NamedTuple):
     """(B, S): the documents."""
 
 
-def _sums_before(row: _Row, floor: float, chunk: int, *, inclusive: bool) -> jax.Array:
-    """sum_j phi(q_i).(exp(level_j - top_i) k_j + floor) v_j over j < i (j <= i if inclusive) in i's document.
+def _sums_before(
+    row: _Row, floor: float, chunk: int, *, inclusive: bool, before: FavorState | None = None
+) -> tuple[jax.Array, FavorState]:
+    """sum_j phi(q_i).(exp(level_j - top_i) k_j + floor) v_j over j < i (j <= i if inclusive) in i's document, of which
+    `before` has the part before the row; and the sums over the document that is open at the row's end.
 
     From one chunk to the next go the sums over the document that is open at its end: of k v^T, scaled by the last
     position's top, and of v for the floor. The backward pass keeps these and computes a chunk again.
@@ -293,14 +388,13 @@ def _sums_before(row: _Row, floor: float, chunk: int, *, inclusive: bool) -> jax
         return (sums, flat, last_top, last_segment), o
 
     width = row.v.shape[-1]
-    start = (
-        jnp.zeros((batch, heads, num_features, width)),
-        jnp.zeros((batch, heads, width)),
-        row.top[..., 0],
-        row.segments[:, 0],
-    )
-    _, o = jax.lax.scan(visit, start, chunks)
-    return jnp.moveaxis(o, 0, 2).reshape(batch, heads, -1, width)[:, :, :length]
+    if before is None:
+        zeros = jnp.zeros((batch, heads, num_features, width)), jnp.zeros((batch, heads, width))
+        before = FavorState(*zeros, row.top[..., 0])
+    start = (before.sums_BNMV, before.flat_BNV, before.top_BN, row.segments[:, 0])
+    (sums, flat, top, _), o = jax.lax.scan(visit, start, chunks)
+    o = jnp.moveaxis(o, 0, 2).reshape(batch, heads, -1, width)[:, :, :length]
+    return o, FavorState(sums, flat, top)
 
 
 def _chunked(x: jax.Array, axis: int, chunk: int, fill: Literal["constant", "edge"]) -> jax.Array:

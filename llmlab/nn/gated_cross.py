@@ -19,7 +19,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from llmlab.nn.attention import CrossAttention
-from llmlab.nn.config import Block, Cache, Context, FeedForward
+from llmlab.nn.cache import MemoryCache
+from llmlab.nn.config import Block, Context, DecoderLayerCache, FeedForward, LayerCache, Room
 from llmlab.nn.dropout import dropout, split_key
 from llmlab.nn.wiring import Output, SerialLayer
 
@@ -37,6 +38,9 @@ class GatedBlock(Block):
 
     def build(self, dim: int, *, rngs: nnx.Rngs, depth: int = 1) -> "GatedLayer":
         return GatedLayer(self, dim, rngs=rngs, depth=depth)
+
+    def new_cache(self, dim: int, room: Room) -> DecoderLayerCache:
+        return DecoderLayerCache(super().new_cache(dim, room), self.look.new_cache(dim, room))
 
     @property
     def behind(self) -> Block:
@@ -66,13 +70,17 @@ class GatedCrossAttention(nnx.Module):
         self.gate_ffn = nnx.Param(jnp.zeros(shape), axes=("embed",)[: len(shape)])
 
     def __call__(
-        self, x_BSD: Float[Array, "B S D"], context: Context, key: jax.Array | None = None
-    ) -> Float[Array, "B S D"]:
+        self,
+        x_BSD: Float[Array, "B S D"],
+        context: Context,
+        key: jax.Array | None = None,
+        cache: MemoryCache | None = None,
+    ) -> tuple[Float[Array, "B S D"], MemoryCache | None]:
         key_cross, key_ffn, drop_cross, drop_ffn = split_key(key, 4)
-        seen_BSD, _ = self.cross(self.norm_cross(x_BSD), context, key_cross)
+        seen_BSD, cache = self.cross(self.norm_cross(x_BSD), context, key_cross, cache)
         x_BSD = x_BSD + jnp.tanh(self.gate_cross[...]) * dropout(seen_BSD, self.dropout, drop_cross)
         fed_BSD, _ = self.ffn(self.norm_ffn(x_BSD), context, key_ffn)
-        return x_BSD + jnp.tanh(self.gate_ffn[...]) * dropout(fed_BSD, self.dropout, drop_ffn)
+        return x_BSD + jnp.tanh(self.gate_ffn[...]) * dropout(fed_BSD, self.dropout, drop_ffn), cache
 
 
 class GatedLayer(SerialLayer):
@@ -83,7 +91,16 @@ class GatedLayer(SerialLayer):
         self.gated = GatedCrossAttention(block, dim, rngs=rngs, depth=depth)
 
     def __call__(
-        self, x_BSD: Float[Array, "B S D"], context: Context, key: jax.Array | None = None, cache: Cache | None = None
+        self,
+        x_BSD: Float[Array, "B S D"],
+        context: Context,
+        key: jax.Array | None = None,
+        cache: LayerCache | None = None,
     ) -> Output:
         key_gated, key = split_key(key, 2)
-        return super().__call__(self.gated(x_BSD, context, key_gated), context, key, cache)
+        if cache is None:
+            return super().__call__(self.gated(x_BSD, context, key_gated)[0], context, key)
+        x_BSD, looked = self.gated(x_BSD, context, key_gated, cache.cross)
+        x_BSD, own, auxiliary = super().__call__(x_BSD, context, key, cache.mixer)
+        assert own is not None
+        return x_BSD, DecoderLayerCache(own, looked), auxiliary

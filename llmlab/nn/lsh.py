@@ -15,7 +15,8 @@ Several rounds of hashing, each with a rotation of its own, make a miss unlikely
 are joined by the weight exp(lse_r) that each saw:  o = sum_r exp(lse_r) o_r / sum_r exp(lse_r). A token attends to
 itself only where there is nothing else: x.x would drown all else. All this is as in transformers' ReformerModel.
 
-LocalAttention is the plain companion: chunks in their own order, separate queries and keys.
+LocalAttention is the plain companion: chunks in their own order, separate queries and keys. A causal one decodes from
+the keys and values of the last chunks. With hashing nothing can be kept: a new token moves the cuts.
 
     time      4 C (1 + before + after) H FLOPs a head, token and round, and H * buckets / 2 * 2 for hashing
     memory    O(rounds S C) weights
@@ -26,7 +27,7 @@ Bucket numbers are integers: no gradient flows through them.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -37,10 +38,12 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from llmlab.nn.attention import head_width
-from llmlab.nn.config import Cache, Context, Mixer
+from llmlab.nn.cache import RollingCache
+from llmlab.nn.config import Cache, Context, LayerCache, Mixer, Room
 from llmlab.nn.dense import Dense
 from llmlab.nn.dropout import check_rate, dropout
-from llmlab.nn.masks import Mask, Visibility
+from llmlab.nn.kernels import attention
+from llmlab.nn.masks import Causal, Index, Mask, Visibility
 from llmlab.sharding import shard
 
 # Logits of what is hidden, and of oneself: transformers' numbers. A query that sees nothing else sees itself.
@@ -84,6 +87,17 @@ class LocalAttention(ChunkedAttention):
     def build(self, dim: int, *, rngs: nnx.Rngs, depth: int = 1) -> "LocalLayer":
         return LocalLayer(self, dim, rngs=rngs, depth=depth)
 
+    def new_cache(self, dim: int, room: Room) -> RollingCache:
+        """Of the chunks that a token may see."""
+        if self.before > 1 or self.after > 0:
+            raise ValueError(
+                f"LocalAttention(before={self.before}, after={self.after}) decodes no text: in a row of few chunks a "
+                "token sees some of them twice or around the end, until there are more; use before=1 and after=0"
+            )
+        shape = (self.num_heads, head_width(dim, self.num_heads, self.head_dim))
+        length = min((self.before + 1) * self.chunk + room.rewind, room.length)
+        return RollingCache.empty((room.batch_size, length, *shape), room.dtype)
+
     def context_flops(self, dim: int, sequence_length: int) -> int:
         return self.num_heads * self.window_flops(head_width(dim, self.num_heads, self.head_dim), sequence_length)
 
@@ -115,6 +129,12 @@ class LSHAttention(ChunkedAttention):
 
     def build(self, dim: int, *, rngs: nnx.Rngs, depth: int = 1) -> "LSHLayer":
         return LSHLayer(self, dim, rngs=rngs, depth=depth)
+
+    def new_cache(self, dim: int, room: Room) -> LayerCache:
+        raise ValueError(
+            "LSHAttention has no cache: it sorts all tokens of a row into chunks, so a new token changes which keys "
+            "earlier ones met; decode with LocalAttention layers, or run the model on the whole row at every token"
+        )
 
     def context_flops(self, dim: int, sequence_length: int) -> int:
         head_dim = head_width(dim, self.num_heads, self.head_dim)
@@ -165,7 +185,9 @@ class LocalLayer(nnx.Module):
         key: jax.Array | None = None,
         cache: Cache | None = None,
     ) -> tuple[Float[Array, "B S D"], Cache | None]:
-        seen = _visibility(context.mask, cache, "LocalAttention")
+        seen = _visibility(context.mask, "LocalAttention")
+        if cache is not None:
+            return self._from_cache(x_BSD, context, cache, seen)
         config, (batch, length, _) = self.config, x_BSD.shape
         q_BNSH, k_BNSH, v_BNSH = (_heads_first(p(x_BSD), config.chunk) for p in (self.query, self.key, self.value))
         padded = q_BNSH.shape[2]
@@ -178,6 +200,41 @@ class LocalLayer(nnx.Module):
         )
         o_BNSH, _ = _attend(row, config, causal=seen.causal, shared=False, key=key)
         return self.output(_heads_last(o_BNSH, length, x_BSD.dtype)), cache
+
+    def _from_cache(
+        self, x_BSD: Float[Array, "B S D"], context: Context, cache: Cache, seen: Visibility
+    ) -> tuple[Float[Array, "B S D"], Cache]:
+        """The same for tokens at `context.position_ids`, from the keys and values of their chunks."""
+        if not seen.causal or seen.real_BT is not None:
+            raise ValueError("LocalAttention decodes in a causal model, and padding has position -1, not a mask")
+        q_BSNH, k_BSNH, v_BSNH = (
+            shard(p(x_BSD), "batch", "sequence", "heads", "head_dim") for p in (self.query, self.key, self.value)
+        )
+        key_index = cache.key_positions(context.position_ids)
+        cache, k_BTNH, v_BTNH = cache.update(k_BSNH, v_BSNH, context.position_ids)
+        o_BSNH = attention(
+            q_BSNH,
+            k_BTNH,
+            v_BTNH,
+            mask=Causal() & _Chunks(self.config.chunk, self.config.before),
+            scale=1 / math.sqrt(q_BSNH.shape[-1]),
+            query_index=context.position_ids,
+            key_index=key_index,
+        )
+        return self.output(o_BSNH), cache
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Chunks(Mask):
+    """A query sees its own chunk and `before` before it."""
+
+    size: int = field(metadata={"static": True})
+    before: int = field(metadata={"static": True})
+
+    def allowed(self, query_index: Index, kv_index: Index) -> Bool[Array, "B S T"]:
+        query, kv = (index if index.ndim == 2 else index[None] for index in (query_index, kv_index))
+        return jnp.asarray(kv)[:, None, :] // self.size >= jnp.asarray(query)[:, :, None] // self.size - self.before
 
 
 class LSHLayer(nnx.Module):
@@ -198,7 +255,9 @@ class LSHLayer(nnx.Module):
         key: jax.Array | None = None,
         cache: Cache | None = None,
     ) -> tuple[Float[Array, "B S D"], Cache | None]:
-        seen = _visibility(context.mask, cache, "LSHAttention")
+        if cache is not None:
+            raise ValueError("LSHAttention has no cache; decode without one")
+        seen = _visibility(context.mask, "LSHAttention")
         config, (batch, length, _) = self.config, x_BSD.shape
         x_BNSH, v_BNSH = (_heads_first(p(x_BSD), config.chunk) for p in (self.query_key, self.value))
         padded = x_BNSH.shape[2]
@@ -346,7 +405,7 @@ def _permuted_backward(residuals: tuple[Any, ...], dy: jax.Array) -> tuple[jax.A
 _permuted.defvjp(_permuted_forward, _permuted_backward)
 
 
-def _visibility(mask: Mask, cache: Cache | None, layer: str) -> Visibility:
+def _visibility(mask: Mask, layer: str) -> Visibility:
     """The mask taken apart; ValueError for what chunks cannot do."""
     seen = Visibility.of(mask, layer)
     if seen.segments_BT is not None:
@@ -355,8 +414,6 @@ def _visibility(mask: Mask, cache: Cache | None, layer: str) -> Visibility:
             "to as it is alone; give each document a row of its own, or do not tell them apart (no segment_ids; "
             "isolate=False in packed data)"
         )
-    if cache is not None:
-        raise ValueError(f"{layer} has no key/value cache; decode without one")
     return seen
 
 

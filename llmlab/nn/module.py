@@ -94,6 +94,17 @@ def stack_axes(state: Any) -> Any:
     return jax.tree.map(one, state, is_leaf=_is_variable)
 
 
+def unstack_axes(state: Any) -> Any:
+    """The inverse of `stack_axes`: for parameters of one layer, sliced out of a stack."""
+
+    def one(param: nnx.Variable) -> nnx.Variable:
+        first, *axes = param.get_metadata("axes")
+        assert first == "layers", f"a parameter with the axes {(first, *axes)} is out of no stack"
+        return param.replace(axes=tuple(axes))
+
+    return jax.tree.map(one, state, is_leaf=_is_variable)
+
+
 def num_parameters(params: Params) -> int:
     """How many numbers a tree of arrays (or of shapes) holds."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -26,6 +26,7 @@ from llmlab.nn.kernels.bias import Bias
 from llmlab.nn.masks import Index
 from llmlab.nn.platform import platform
 from llmlab.nn.rotary_scaling import NTK, DynamicNTK, Linear, Llama3, RotaryScaling, YaRN, rotary_frequencies
+from llmlab.sharding import shard
 
 __all__ = [
     "NTK",
@@ -378,7 +379,10 @@ class T5Bias(Bias):
     def block(self, query_index: Index, kv_index: Index) -> Float[Array, "B N S T"]:
         reach = self.distance_NR.shape[1] // 2
         column_BST = jnp.clip(_distance(query_index, kv_index), -reach, reach) + reach
-        return jnp.moveaxis(self.distance_NR[:, column_BST], 0, 1)
+        # Every device has the whole table, which is small: of one that is split by heads, at columns that are split by
+        # rows (cached decoding), XLA's partitioner (jax 0.10.2) makes a program that its own verifier rejects.
+        table_NR = shard(self.distance_NR, None, None)
+        return jnp.moveaxis(table_NR[:, column_BST], 0, 1)
 
     def heads(self, first: Int[Array, ""], count: int) -> "T5Bias":
         return T5Bias(jax.lax.dynamic_slice_in_dim(self.distance_NR, first, count))

@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from llmlab.nn.config import Auxiliary, Block, Cache, Context, Wiring
+from llmlab.nn.config import Auxiliary, Block, Cache, Context, LayerCache, Wiring
 from llmlab.nn.dropout import dropout, split_key
 from llmlab.nn.stack import LAYER_DROP_KEY, Stack, unstack
 from llmlab.sharding import shard
@@ -79,6 +79,14 @@ class ReversibleLayer(nnx.Module):
         h_BSD = x_BSD if self.norm_mixer is None else self.norm_mixer(x_BSD)
         return dropout(self.mixer(h_BSD, context, key_mixer)[0], self.dropout, key_dropout)
 
+    def decode(self, x: Streams, context: Context, cache: LayerCache) -> tuple[Streams, LayerCache]:
+        """Both streams after the layer, from what it remembers of earlier calls; no dropout."""
+        h_BSD = x[1] if self.norm_mixer is None else self.norm_mixer(x[1])
+        change_BSD, cache = self.mixer(h_BSD, context, None, cache)
+        y1_BSD = shard(x[0] + change_BSD, "batch", "residual", "embed")
+        y2_BSD = shard(x[1] + self.transform(y1_BSD, context, None), "batch", "residual", "embed")
+        return (y1_BSD, y2_BSD), cache
+
     def transform(self, x_BSD: Float[Array, "B S D"], context: Context, key: jax.Array | None) -> Float[Array, "B S D"]:
         """G: what the feed-forward adds to the second stream, from the first."""
         batch, length, dim = x_BSD.shape
@@ -115,14 +123,22 @@ class ReversibleStack(Stack):
         x_BSD: Float[Array, "B S D"],
         context: Context,
         key: jax.Array | None = None,
-        cache: Sequence[Cache] | None = None,
-    ) -> tuple[Float[Array, "B S E"], tuple[Cache, ...] | None, Auxiliary]:
-        """Both streams of the last layer side by side (E = 2D); no caches, nothing reported."""
-        if cache is not None or context.bias is not None or context.memory is not None:
+        cache: Sequence[LayerCache] | None = None,
+    ) -> tuple[Float[Array, "B S E"], tuple[LayerCache, ...] | None, Auxiliary]:
+        """Both streams of the last layer side by side (E = 2D), and the caches where there were some; nothing
+        reported. With caches there is no dropout, and the backward pass is the usual one."""
+        if context.bias is not None or context.memory is not None:
             raise ValueError(
-                "a reversible stack computes its layers again from their outputs: it takes no caches, and no gradient "
-                "would reach a shared bias or encoder states"
+                "a reversible stack computes its layers again from their outputs: no gradient would reach a shared "
+                "bias or encoder states"
             )
+        if cache is not None:
+            layers: list[Any] = [*self.repeats.layers([nnx.split(block)[1] for block in self.blocks]), *self.remainder]
+            streams, caches = (x_BSD, x_BSD), []
+            for layer, before in zip(layers, cache, strict=True):
+                streams, after = layer.decode(streams, context, before)
+                caches.append(after)
+            return jnp.concatenate(streams, axis=-1), tuple(caches), {}
         blocks, rest = ([nnx.split(block) for block in part] for part in (self.blocks, self.remainder))
         plan = _Plan(
             graphdefs=tuple(graphdef for graphdef, _ in blocks),

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from llmlab.nn.attention import Attention, AttentionLayer
-from llmlab.nn.config import Cache, Context
+from llmlab.nn.config import Cache, Context, LayerCache, Room
 from llmlab.nn.kernels import Scoring, attention
 from llmlab.nn.masks import Mask, Padding
 from llmlab.nn.platform import platform
@@ -27,6 +27,9 @@ class SparseAttention(Attention):
             raise ValueError(f"{kind} has a pattern of its own, and window={self.window} would cut it; leave it None")
         if isinstance(self.position, BiasPosition):
             raise ValueError(f"{kind} adds no bias to its logits: {self.position} cannot be its position; use Rotary()")
+
+    def new_cache(self, dim: int, room: Room) -> LayerCache:
+        raise ValueError(f"{type(self).__name__} looks both ways and has no cached decoding; Attention(window=...) has")
 
 
 class SparseAttentionLayer(AttentionLayer, abc.ABC):

@@ -35,7 +35,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from llmlab.nn.config import Context, Memory, Mixer
+from llmlab.nn.cache import KVCache
+from llmlab.nn.config import Cache, Context, Memory, Mixer, Room
 from llmlab.nn.dense import Dense
 from llmlab.nn.dropout import check_rate, dropout, split_key
 from llmlab.sharding import shard
@@ -104,6 +105,10 @@ class TwoStreamAttention(Mixer):
     def build(self, dim: int, *, rngs: nnx.Rngs, depth: int = 1) -> "TwoStreamLayer":
         return TwoStreamLayer(self, dim, rngs=rngs, depth=depth)
 
+    def new_cache(self, dim: int, room: Room) -> KVCache:
+        shape = (room.batch_size, room.length, self.num_heads, self.resolved_head_dim(dim))
+        return KVCache.empty(shape, room.dtype)
+
     def context_flops(self, dim: int, sequence_length: int) -> int:
         total = self.content_flops(dim, sequence_length, sequence_length, 2 * sequence_length)
         return total // sequence_length
@@ -146,18 +151,26 @@ class TwoStreamLayer(nnx.Module):
         x_BXD: Float[Array, "B X D"],
         context: TwoStreamContext,
         key: jax.Array | None = None,
-        cache: Memory | None = None,
-    ) -> tuple[Float[Array, "B X D"], Memory | None]:
-        """Both streams after attention. Given a memory, it returns this segment's content states, to become one."""
+        cache: Memory | Cache | None = None,
+    ) -> tuple[Float[Array, "B X D"], Memory | Cache | None]:
+        """Both streams after attention.
+
+        Given a memory, it returns this segment's content states, to become one. Given a cache of keys and values, it
+        stores those of the content at `context.position_ids`; the streams say what is seen of its slots.
+        """
         key_distance, key_content, key_query = split_key(key, 3)
         num_queries = 0 if context.query is None else context.query.num_queries
         h_BSD = x_BXD[:, : x_BXD.shape[1] - num_queries]
         seen_BTD = h_BSD
-        if cache is not None:
+        if isinstance(cache, Memory):
             seen_BTD = jnp.concatenate([jax.lax.stop_gradient(cache.states).astype(h_BSD.dtype), h_BSD], axis=1)
         q_BXNH = shard(self.query(x_BXD), "batch", "sequence", "heads", "head_dim")
         k_BTNH = shard(self.key(seen_BTD), "batch", "sequence", "heads", "head_dim")
         v_BTNH = shard(self.value(seen_BTD), "batch", "sequence", "heads", "head_dim")
+        if isinstance(cache, Memory):
+            cache = Memory(states=h_BSD)
+        elif cache is not None:
+            cache, k_BTNH, v_BTNH = cache.update(k_BTNH, v_BTNH, context.position_ids)
         r_GRNH = self.distance(dropout(context.distances_GRD.astype(x_BXD.dtype), self.config.dropout, key_distance))
         num_content = h_BSD.shape[1]
         o_BXNH = self.attend(q_BXNH[:, :num_content], k_BTNH, v_BTNH, r_GRNH, context.content, key_content)
@@ -165,7 +178,7 @@ class TwoStreamLayer(nnx.Module):
             g_BPNH = self.attend(q_BXNH[:, num_content:], k_BTNH, v_BTNH, r_GRNH, context.query, key_query)
             o_BXNH = jnp.concatenate([o_BXNH, g_BPNH], axis=1)
         y_BXD = self.output(shard(o_BXNH, "batch", "sequence", "heads", "head_dim"))
-        return y_BXD, None if cache is None else Memory(states=h_BSD)
+        return y_BXD, cache
 
     def attend(
         self,

@@ -30,7 +30,7 @@ from llmlab.study.isoflop import Frontier, Profile
 from llmlab.study.laws import Bootstrap, Cost, Fit, Fitter, Law
 from llmlab.study.scaling import Point, Scaling, held_out
 from llmlab.study.sweep_results import provenance_of
-from llmlab.study.trials import Status, Trial
+from llmlab.study.trials import Status, Trial, unit_of
 
 SCHEMA = 1
 TERMS = ("E", "A", "B", "alpha", "beta")
@@ -90,7 +90,7 @@ def analyse(
         "name": name,
         "question": scaling.question,
         "metric": scaling.metric,
-        "unit": next((trial.summary.get("unit") for trial in done), None),
+        "unit": unit_of(scaling.metric, done),
         **{key: getattr(scaling, key) for key in ("level", "delta", "resamples")},
         "command": command,
         "file": "" if file is None else file.as_posix(),

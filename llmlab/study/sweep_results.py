@@ -28,7 +28,7 @@ from llmlab.study.queue import Entry, Queue
 from llmlab.study.search import SampledQueue, Search
 from llmlab.study.storage import Store
 from llmlab.study.sweep import DEFINITION, SCHEMA
-from llmlab.study.trials import Status, Trial, forgive, read_trial
+from llmlab.study.trials import Status, Trial, forgive, read_trial, unit_of
 from llmlab.training.directory import write_json
 
 RESULTS = "results.json"
@@ -123,7 +123,7 @@ def results(folder: Path, storage: str | None = None) -> dict[str, Any]:
         "kind": "sweep",
         "schema": SCHEMA,
         **{key: definition[key] for key in ("name", "metric", "direction")},
-        "unit": _unit(metric, finished),
+        "unit": unit_of(metric, finished),
         **{key: definition[key] for key in ("command", "file")},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "axes": definition["axes"],
@@ -144,12 +144,6 @@ def write_results(folder: Path, storage: str | None = None) -> dict[str, Any]:
     content = results(folder, storage)
     write_json(folder / RESULTS, content)
     return content
-
-
-def _unit(metric: str, finished: Sequence[Trial]) -> str | None:
-    """What the metric is counted in: of losses the runs say it, of others nobody does."""
-    counted = next((run.summary.get("unit") for run in finished), None)
-    return f"nats per {counted}" if counted is not None and metric.endswith("loss") else None
 
 
 def _trial(entry: Entry, run: Trial | None, metric: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ import numpy as np
 from llmlab.study.coordinates import Coordinates, slopes
 from llmlab.study.sweep_results import provenance_of
 from llmlab.study.transfer import Transfer, TransferPoint, drift, optimum, over_seeds, regret
-from llmlab.study.trials import Status, Trial
+from llmlab.study.trials import Status, Trial, unit_of
 
 SCHEMA = 1
 
@@ -59,7 +59,7 @@ def analyse_transfer(
         "schema": SCHEMA,
         "name": name,
         **{key: getattr(transfer, key) for key in ("question", "metric", "level")},
-        "unit": next((trial.summary.get("unit") for trial in done), None),
+        "unit": unit_of(transfer.metric, done),
         "command": command,
         "file": "" if file is None else file.as_posix(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -312,3 +312,9 @@ def forgive(trial: Trial) -> bool:
         (trial.directory / FAILURE).unlink(missing_ok=True)
         return True
     return False
+
+
+def unit_of(metric: str, finished: Sequence[Trial]) -> str | None:
+    """What the metric is counted in: of losses the runs say it ("nats per token"), of others nobody does."""
+    counted = next((trial.summary.get("unit") for trial in finished), None)
+    return f"nats per {counted}" if counted is not None and metric.endswith("loss") else None

@@ -35,10 +35,14 @@ class StreamDecoder:
 
     def push(self, index: int) -> str:
         """Takes the next token; returns the text that is now certain, often one word, sometimes nothing."""
-        index = int(index)
-        if self._skip and index in self._tokenizer.hidden_ids:
+        return self.extend((index,))
+
+    def extend(self, ids: Iterable[int]) -> str:
+        """Takes the next tokens, at the price of one; returns the text that is now certain."""
+        shown = [int(index) for index in ids if not (self._skip and int(index) in self._tokenizer.hidden_ids)]
+        if not shown:
             return ""
-        self._pending.append(index)
+        self._pending += shown
         text = self._text()
         waiting = len(text) - len(text.rstrip(_REPLACEMENT))
         certain = len(text) - min(waiting, _MAX_WAITING)

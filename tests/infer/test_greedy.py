@@ -6,35 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from llmlab.infer.cache import new_decoder_cache
 from llmlab.infer.greedy import greedy
-from llmlab.models import bart, mbart, t5
-from llmlab.models.config import Untied
-from llmlab.models.encoder_decoder import EncoderDecoder, EncoderDecoderModel
+from llmlab.models.encoder_decoder import EncoderDecoderModel
 from llmlab.nn.module import merge, split
+from tests.infer.random_models import randomised, tiny, whole
 
-VOCAB, LENGTH, EOS = 17, 10, 1
-_SIZES: dict[str, Any] = {"embed_dim": 16, "num_layers": 2, "num_heads": 2, "vocab_size": VOCAB}
-TINY: dict[str, EncoderDecoder] = {
-    "t5": t5.t5(**_SIZES, head_dim=5, hidden_dim=24, num_buckets=8, max_distance=7, head=Untied()),
-    "bart": bart.bart(**_SIZES, max_length=24, tied=False),
-    "mbart": mbart.mbart(**_SIZES, max_length=24, tied=False),
-}
+LENGTH, EOS = 10, 1
 SOURCES = [[5, 9, 2, 7, 1], [3, 1], [11, 4, 6, 8, 12, 2, 13, 1], [16, 16, 1]]
-
-
-def randomised(config: EncoderDecoder) -> EncoderDecoderModel:
-    """All matrices large: a fresh model would write one token again and again."""
-    graphdef, params = split(config.build(nnx.Rngs(params=0)))
-    rng = np.random.default_rng(2)
-
-    def drawn(path: Any, leaf: jax.Array) -> jax.Array:
-        matrix = str(path[-1].key) in ("kernel", "table")
-        return jnp.asarray(1.5 * rng.standard_normal(leaf.shape), jnp.float32) if matrix else leaf
-
-    return merge(graphdef, jax.tree_util.tree_map_with_path(drawn, params))
 
 
 def step_by_step(model: EncoderDecoderModel, source: list[int], start: int, num_tokens: int | None = None) -> list[int]:
@@ -55,7 +35,7 @@ def until(end: int, target: list[int]) -> list[int]:
 
 @pytest.mark.parametrize("family", ["t5", "mbart"])
 def test_it_writes_what_the_whole_model_scores_highest(family):
-    model, starts = randomised(TINY[family]), [3, 4, 5, 6]
+    model, starts = randomised(tiny(family)), [3, 4, 5, 6]
     full = [step_by_step(model, source, start, 15) for source, start in zip(SOURCES, starts, strict=True)]
     assert max(max(target) for target in full) < 15
     end = next(token for target in full for token in target[1:] if token != target[0])
@@ -65,9 +45,9 @@ def test_it_writes_what_the_whole_model_scores_highest(family):
     assert any(0 < len(target) < LENGTH for target in written)
 
 
-@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize("family", ["t5", "bart", "mbart"])
 def test_a_target_decoded_piece_by_piece_has_the_states_of_the_whole(family):
-    model = randomised(TINY[family])
+    model = randomised(tiny(family))
     graphdef, params = split(model)
     source, target = jnp.array([SOURCES[0], SOURCES[0][::-1]]), jnp.array([[0, 4, 7, 2, 9], [0, 8, 8, 3, 5]])
     mask = jnp.array([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
@@ -97,10 +77,10 @@ def test_a_target_decoded_piece_by_piece_has_the_states_of_the_whole(family):
 
 
 def test_the_start_is_the_models_own_unless_rows_have_theirs():
-    model = randomised(TINY["bart"])
+    model = randomised(tiny("bart"))
     limits: dict[str, Any] = {"max_new_tokens": 3, "eos_id": None}
     assert greedy(model, SOURCES, **limits) == greedy(model, SOURCES, start_ids=[2] * 4, **limits)
-    model = randomised(TINY["mbart"])
+    model = randomised(tiny("mbart"))
     with pytest.raises(ValueError, match="give start_ids"):
         greedy(model, SOURCES, **limits)
     with pytest.raises(ValueError, match="2 start_ids and 4 sources"):
@@ -108,15 +88,36 @@ def test_the_start_is_the_models_own_unless_rows_have_theirs():
 
 
 def test_without_an_end_targets_have_the_full_length():
-    written = greedy(randomised(TINY["t5"]), SOURCES, max_new_tokens=5, eos_id=None)
+    written = greedy(randomised(tiny("t5")), SOURCES, max_new_tokens=5, eos_id=None)
     assert [len(target) for target in written] == [5] * len(SOURCES)
 
 
 def test_what_the_positions_cannot_hold_is_an_error():
-    model = randomised(TINY["bart"])
+    model = randomised(tiny("bart"))
     with pytest.raises(ValueError, match="24 positions"):
         greedy(model, SOURCES, max_new_tokens=25, eos_id=EOS)
     with pytest.raises(ValueError, match="24 positions"):
         greedy(model, [[2] * 25], max_new_tokens=5, eos_id=EOS)
     with pytest.raises(ValueError, match="not positive"):
         greedy(model, SOURCES, max_new_tokens=0, eos_id=EOS)
+
+
+def test_a_decoder_continues_its_prompts():
+    model = randomised(tiny("gpt2"))
+    run = whole(model)
+    prompts, full = [[5, 9, 2], [3], [11, 4, 6, 8, 12]], []
+    for prompt in prompts:
+        row = np.zeros((1, 16), np.int32)
+        row[0, : len(prompt)] = prompt
+        for place in range(len(prompt), len(prompt) + LENGTH):
+            row[0, place] = np.argmax(run(row).logits[0, place - 1])
+        full.append(row[0, len(prompt) : len(prompt) + LENGTH].tolist())
+    ends = [full[0][3], full[1][5]]
+    assert greedy(model, prompts, max_new_tokens=LENGTH, eos_id=None, batch_size=2) == full
+    assert greedy(model, prompts, max_new_tokens=LENGTH, eos_id=ends) == [
+        until(ends[1], until(ends[0], row)) for row in full
+    ]
+    with pytest.raises(ValueError, match="a decoder continues"):
+        greedy(model, prompts, max_new_tokens=LENGTH, eos_id=None, start_ids=[1, 2, 3])
+    with pytest.raises(ValueError, match="prompt 1 has no tokens"):
+        greedy(model, [[3], []], max_new_tokens=LENGTH, eos_id=None)

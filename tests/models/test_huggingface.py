@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from llmlab.models.weights import flatten
 from llmlab.nn.module import merge, split
 from llmlab.nn.norms import LayerNorm
 from llmlab.nn.wiring import Sandwich
+from llmlab.sharding import Mesh
 from tests.models.comparison import assert_same_weights, under, weights_of
 from tests.models.references import FIXTURES
 
@@ -317,3 +319,18 @@ def test_a_family_that_is_asked_for_is_the_only_one_tried(tmp_path):
         save_hf(model, tmp_path / "out", model_type="gpt3")
     save_hf(model, tmp_path / "out", model_type="llama")
     assert_same_weights(load_hf(tmp_path / "out"), model)
+
+
+def test_weights_are_read_straight_to_the_devices_of_a_mesh(tmp_path: Path) -> None:
+    config = llama.llama(embed_dim=16, num_layers=2, num_heads=4, num_kv_heads=2, hidden_dim=24, vocab_size=32)
+    model = config.build(nnx.Rngs(params=0))
+    save_hf(model, tmp_path / "model")
+    placement = Mesh(data=1, tensor=2).build(jax.devices()[:2])
+    loaded = load_hf(tmp_path / "model", placement=placement)
+    _, shapes, axes = config.abstract()
+    expected = flatten(placement.shardings(axes, shapes))
+    leaves = flatten(split(loaded)[1])
+    assert {path: leaf.sharding for path, leaf in leaves.items()} == expected
+    halved = [leaf for leaf in leaves.values() if leaf.addressable_shards[0].data.size * 2 == leaf.size]
+    assert len(halved) > len(leaves) / 2
+    assert_same_weights(loaded, model)

@@ -61,7 +61,7 @@ class Case:
             return cudnn_lacks(q, k, scoring, "gpu")
         if kernel == "splash":
             return splash_lacks(q, k, scoring, "tpu")
-        if kernel == "unrolled" and scoring.query_index is not None:
+        if kernel == "unrolled" and scoring.indexed:
             return "no cached decoding"
         return None
 
@@ -76,6 +76,13 @@ def _left_padding(num_tokens: int) -> Padding:
     """5 tokens of padding before row 0, and after row 1."""
     place = np.arange(num_tokens)
     return Padding(jnp.asarray(np.stack([place >= 5, place < num_tokens - 5])))
+
+
+def _rolled(num_keys: int) -> jax.Array:
+    """Keys of row 0 in any order, of row 1 turned round by 11, and some that are none."""
+    index = np.stack([np.random.default_rng(5).permutation(num_keys), (np.arange(num_keys) - 11) % num_keys])
+    index[0, 7:20] = index[1, 30:41] = -1
+    return jnp.asarray(index)
 
 
 _T5 = T5Relative(num_buckets=8, max_distance=20, bidirectional=True).build(4, rngs=nnx.Rngs(params=0)).bias()
@@ -99,6 +106,13 @@ CASES: Mapping[str, Case] = {
         bias=_T5,
         settings={"query_index": jnp.array([[10, 11, 12], [60, 61, 62]])},
     ),
+    "slots in another order": Case(
+        Causal() & SlidingWindow(left=20) & _left_padding(70),
+        num_queries=3,
+        bias=_T5,
+        settings={"query_index": jnp.array([[10, 11, 12], [60, -1, 62]]), "key_index": _rolled(70)},
+    ),
+    "keys in another order": Case(Causal() & packed(70), settings={"key_index": _rolled(70)}),
 }
 
 
@@ -148,7 +162,7 @@ def dense_bias(case: Case, query: np.ndarray | jax.Array) -> np.ndarray:
     """The bias of a case as one array."""
     if case.bias is None:
         return np.zeros((1, case.heads, case.num_queries, case.num_keys))
-    return np.asarray(case.bias.block(query, np.arange(case.num_keys)))
+    return np.asarray(case.bias.block(query, case.settings.get("key_index", np.arange(case.num_keys))))
 
 
 # Products of 8 numbers and sums over at most 150 keys, in another order: a few dozen roundings of 6e-8 each.
@@ -181,8 +195,9 @@ KERNEL_CASES = [(kernel, name) for kernel in KERNELS for name in cases_of(kernel
 def test_reference_is_the_equation(name: str) -> None:
     case = CASES[name]
     query = case.settings.get("query_index", np.arange(case.num_queries))
-    allowed, bias = case.mask.allowed(query, np.arange(case.num_keys)), dense_bias(case, query)
-    allowed = np.broadcast_to(np.asarray(allowed), (ROWS, *allowed.shape[1:]))
+    kv = case.settings.get("key_index", np.arange(case.num_keys))
+    allowed, bias = case.mask.allowed(query, kv), dense_bias(case, query)
+    allowed = np.broadcast_to(np.asarray(allowed), (ROWS, *allowed.shape[1:])) & np.atleast_2d(kv >= 0)[:, None]
     q, k, v = (np.asarray(x, np.float64) for x in case.inputs())
     got, _ = solved_by_reference(name)
     for row in range(ROWS):
@@ -325,6 +340,9 @@ def shapes(
         ("cpu", (256, 256, jnp.float32, 64), {}, "unrolled"),
         ("cpu", (8192, 8192, jnp.float32, 64), {}, "blockwise"),
         ("cpu", (1, 300, jnp.float32, 64), {"query_index": jnp.zeros((2, 1), jnp.int32)}, "reference"),
+        ("cpu", (256, 256, jnp.float32, 64), {"key_index": jnp.zeros((2, 256), jnp.int32)}, "reference"),
+        ("tpu", (2048, 2048, jnp.bfloat16, 64), {"key_index": jnp.zeros((2, 2048), jnp.int32)}, "blockwise"),
+        ("gpu", (2048, 2048, jnp.bfloat16, 64), {"key_index": jnp.zeros((2, 2048), jnp.int32)}, "blockwise"),
         ("cpu", (4000, 4000, jnp.bfloat16, 64), {"query_index": jnp.zeros((2, 4000), jnp.int32)}, "blockwise"),
     ],
 )

@@ -53,7 +53,7 @@ def trials(scaling: Scaling, *, noise: float = 0.0, law: Law = LAW, seed: int = 
             directory=Path("runs/trials/00000000"),
             hash="00000000",
             status=Status.FINISHED,
-            summary={"validation/loss": loss, "unit": "nats per token", "seconds": {"total": 3.0}},
+            summary={"validation/loss": loss, "unit": "token", "seconds": {"total": 3.0}},
         )
     return made
 

@@ -54,7 +54,7 @@ def analysed(transfer: Transfer, **changed: Trial) -> dict[str, Any]:
             directory=Path("runs/trials/0"),
             hash="0",
             status=Status.FINISHED,
-            summary={"validation/loss": loss, "unit": "nats per token"},
+            summary={"validation/loss": loss, "unit": "token"},
         )
     trials |= changed
     return analyse_transfer(

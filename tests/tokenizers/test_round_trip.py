@@ -103,6 +103,18 @@ def test_a_stream_shows_each_word_as_soon_as_it_is_known(trained: dict[str, Toke
     assert decoder.finish() == "😀".encode()[:3].decode(errors="replace")
 
 
+@PROPERTY
+@given(text=TEXTS, cuts=st.lists(st.integers(0, 8), max_size=40))
+def test_several_tokens_at_a_time_show_the_same_text(lossless: Tokenizer, text: str, cuts: list[int]) -> None:
+    ids = lossless.encode(text)
+    decoder, shown, at = StreamDecoder(lossless), "", 0
+    for cut in (*cuts, len(ids)):
+        shown += decoder.extend(ids[at : at + cut])
+        at += cut
+        assert text.startswith(shown.rstrip("\ufffd"))
+    assert shown + decoder.finish() == lossless.decode(ids)
+
+
 def test_a_stream_that_ends_can_begin_again(lossless: Tokenizer) -> None:
     decoder = StreamDecoder(lossless)
     for _ in range(2):

@@ -63,6 +63,8 @@ def blockwise(
     k_BKTH, v_BKTH = (_padded(x.swapaxes(1, 2), 2, blocks.kv) for x in (k_BTKH, v_BTKH))
     if scoring.query_index is not None:
         scoring = replace(scoring, query_index=_padded(scoring.query_index, 1, blocks.query))
+    if scoring.key_index is not None:
+        scoring = replace(scoring, key_index=_padded(scoring.key_index, 1, blocks.kv))
     o_BKGSH: jax.Array = _attend(blocks, q_BKGSH, k_BKTH, v_BKTH, scoring.bias, replace(scoring, bias=None))
     return join_heads(o_BKGSH[:, :, :, :num_queries])
 
@@ -77,7 +79,7 @@ def pairs(blocks: Blocks, scoring: Scoring) -> tuple[jax.Array, jax.Array, jax.A
     pairs = []
     for i in range(-(-blocks.num_queries // blocks.query)):
         start, stop = 0, blocks.num_keys
-        if scoring.query_index is None:
+        if scoring.query_index is None and scoring.key_index is None:
             last = min((i + 1) * blocks.query, blocks.num_queries)
             start, stop = scoring.mask.kv_range(i * blocks.query, last, blocks.num_keys)
         if start < stop:
@@ -93,9 +95,9 @@ class _Tile:
     def __init__(self, blocks: Blocks, scoring: Scoring, i: jax.Array, j: jax.Array) -> None:
         self.blocks, self.scoring, self.i, self.j = blocks, scoring, i, j
         self.place = i * blocks.query + jnp.arange(blocks.query, dtype=jnp.int32)
-        self.kv = j * blocks.kv + jnp.arange(blocks.kv, dtype=jnp.int32)
-        index = scoring.query_index
-        self.query = self.place if index is None else self.queries(index, 1)
+        self.kv_place = j * blocks.kv + jnp.arange(blocks.kv, dtype=jnp.int32)
+        self.query = self.place if scoring.query_index is None else self.queries(scoring.query_index, 1)
+        self.kv = self.kv_place if scoring.key_index is None else self.keys(scoring.key_index, 1)
 
     def queries(self, x: jax.Array, axis: int) -> jax.Array:
         """The block of x at these queries."""
@@ -119,13 +121,13 @@ class _Tile:
 
     def allowed(self) -> jax.Array:
         """Where a query may see a key that exists."""
-        return self.scoring.allowed(self.query, self.kv) & (self.kv < self.blocks.num_keys)
+        return self.scoring.allowed(self.query, self.kv) & (self.kv_place < self.blocks.num_keys)
 
     def dropped(self, weights: jax.Array) -> jax.Array:
         """Weights, or their gradient, times dropout's factor."""
         if self.scoring.dropout == 0.0:
             return weights
-        return weights * self.scoring.kept(self.blocks.num_queries, weights.shape, self.place, self.kv)
+        return weights * self.scoring.kept(self.blocks.num_queries, weights.shape, self.place, self.kv_place)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

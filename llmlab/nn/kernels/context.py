@@ -66,10 +66,10 @@ def split(q_BSNH: Float[Array, "B S N H"], k_BTKH: Float[Array, "B T K H"], scor
     """How this attention can be computed with its sequence split, or None where automatic partitioning has to do.
 
     None without a mesh that splits the sequence, where a length does not divide by its devices, and for cached decoding
-    (queries with an index of their own).
+    (queries or keys with an index of their own).
     """
     placement = active_placement()
-    if placement is None or scoring.query_index is not None:
+    if placement is None or scoring.indexed:
         return None
     query = placement.spec(("batch", "sequence", "heads", None), q_BSNH.shape)
     kv = placement.spec(("batch", "sequence", "kv_heads", None), k_BTKH.shape)

@@ -74,8 +74,8 @@ def cudnn_lacks(
         return "it has no soft cap"
     if scoring.bias is not None:
         return "it would round the bias to half precision"
-    if scoring.query_index is not None:
-        return "queries have an index of their own (cached decoding)"
+    if scoring.indexed:
+        return "queries or keys have an index of their own (cached decoding)"
     explicit = not isinstance(_native(scoring.mask, num_queries, num_keys)[2], Full)
     if explicit and (num_queries % 2 or num_keys % 2):
         return f"with an explicit mask it needs even lengths, not {num_queries} and {num_keys}"

@@ -57,6 +57,7 @@ def attention(
     key: jax.Array | None = None,
     kernel: Kernel = "auto",
     query_index: Int[Array, "B S"] | None = None,
+    key_index: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B S N H"]:
     """softmax(softcap tanh(scale q k^T / softcap) + bias, masked) v.
 
@@ -72,6 +73,8 @@ def attention(
         key: random key of the dropout.
         kernel: implementation.
         query_index: index of every query into the keys, for cached decoding; None where query i has index i.
+        key_index: index of every key, for caches whose slots are in another order: -1 where there is no key; None
+            where key j has index j. Mask and bias go by it.
 
     Raises:
         ValueError: shapes do not fit, the kernel asked for cannot compute this, or the devices along the sequence do
@@ -87,6 +90,7 @@ def attention(
         dropout=0.0 if seed is None else dropout,
         seed=seed,
         query_index=query_index,
+        key_index=key_index,
     )
     on_mesh = split(q_BSNH, k_BTKH, scoring)
     if on_mesh is not None and on_mesh.placement.context == "all_to_all":
@@ -132,8 +136,8 @@ def lacks(
 ) -> str | None:
     """Why a kernel cannot compute this attention on the platform at hand, or None."""
     match kernel:
-        case "unrolled" if scoring.query_index is not None:
-            return "queries have an index of their own (cached decoding)"
+        case "unrolled" if scoring.indexed:
+            return "queries or keys have an index of their own (cached decoding)"
         case "cudnn":
             return cudnn_lacks(q_BSNH, k_BTKH, scoring, platform())
         case "splash":

@@ -27,8 +27,9 @@ def reference(
         weights = weights * scoring.kept(num_queries, weights.shape, own, kv)
 
     weights_BKGST = weights.astype(v_BTKH.dtype).reshape(batch, kv_heads, -1, num_queries, num_keys)
-    o_BSKGH = jnp.einsum("BKGST,BTKH->BSKGH", weights_BKGST, v_BTKH, preferred_element_type=jnp.float32)
-    return o_BSKGH.reshape(q_BSNH.shape[:3] + v_BTKH.shape[3:]).astype(q_BSNH.dtype)
+    # In the order that the product has by itself, and then put right: asked for at once, XLA puts the values right.
+    o_BKGSH = jnp.einsum("BKGST,BTKH->BKGSH", weights_BKGST, v_BTKH, preferred_element_type=jnp.float32)
+    return o_BKGSH.transpose(0, 3, 1, 2, 4).reshape(q_BSNH.shape[:3] + v_BTKH.shape[3:]).astype(q_BSNH.dtype)
 
 
 def attention_weights(
@@ -52,8 +53,8 @@ def attention_logits(
     products = jnp.einsum("BSKGH,BTKH->BKGST", q_BSKGH, k_BTKH, preferred_element_type=jnp.float32)
     products_BNST = products.reshape(batch, heads, num_queries, num_keys)
 
-    kv = np.arange(num_keys, dtype=np.int32)
-    own = np.arange(num_queries, dtype=np.int32)
-    query = own if scoring.query_index is None else scoring.query_index
+    query, kv = scoring.query_index, scoring.key_index
+    query = np.arange(num_queries, dtype=np.int32) if query is None else query
+    kv = np.arange(num_keys, dtype=np.int32) if kv is None else kv
     allowed = scoring.allowed(query, kv)
     return jnp.where(allowed, scoring.logits(products_BNST, query, kv), FORBIDDEN), allowed

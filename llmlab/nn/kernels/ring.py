@@ -58,7 +58,7 @@ def ring(
         size: devices along them.
         block: queries and keys per block, at most.
     """
-    assert scoring.query_index is None
+    assert not scoring.indexed
     around = best(Ring(axes, size, False, size * q_BSNH.shape[1], size * k_BTKH.shape[1], block), scoring.mask)
     if around.zigzag:
         q_BSNH, k_BTKH, v_BTKH = (sequence.zigzag(x, axes, size) for x in (q_BSNH, k_BTKH, v_BTKH))

@@ -39,8 +39,15 @@ class Scoring:
     """Seed of the dropout; None where dropout is 0."""
     query_index: Int[Array, "B S"] | None = None
     """Index of every query into the sequence of keys; None where query i has index i."""
+    key_index: Int[Array, "B T"] | None = None
+    """Index of every key in that sequence, -1 for one that nobody may see; None where key j has index j."""
     number_BN: UInt32[Array, "B N"] | None = None
     """Number of every row and head, row * heads + head, in the whole batch; None where the arrays are all of it."""
+
+    @property
+    def indexed(self) -> bool:
+        """Whether queries or keys have an index that is not their place."""
+        return self.query_index is not None or self.key_index is not None
 
     def logits(self, products_BNST: Float[Array, "B N S T"], query: Index, kv: Index) -> Float[Array, "B N S T"]:
         """Logits in float32, whatever the mask says."""
@@ -51,7 +58,8 @@ class Scoring:
 
     def allowed(self, query: Index, kv: Index) -> Bool[Array, "B 1 S T"]:
         """Where a query may see a key; B is 1 where all rows agree."""
-        return self.mask.allowed(query, kv)[:, None]
+        seen = self.mask.allowed(query, kv)[:, None]
+        return seen if self.key_index is None else seen & (kv >= 0)[:, None, None]
 
     def kept(self, num_queries: int, shape_BNST: tuple[int, ...], query: Index, kv: Index) -> Float[Array, "B N S T"]:
         """Dropout's factor on a block of weights: 0, or 1 / (1 - dropout).
@@ -63,7 +71,7 @@ class Scoring:
             num_queries: length of the whole sequence of queries.
             shape_BNST: shape of the block.
             query: which queries of the sequence the block holds, (S,), counted from 0 whatever `query_index` says.
-            kv: which keys, (T,).
+            kv: which keys, (T,), counted from 0 as well.
         """
         assert self.seed is not None
         head = jnp.arange(shape_BNST[0] * shape_BNST[1], dtype=jnp.uint32).reshape(*shape_BNST[:2])

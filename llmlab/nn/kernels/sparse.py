@@ -121,7 +121,7 @@ def sparse(
         scattered_CKR: for each of these blocks of queries and key/value head, R blocks of keys.
         first: the block that the first query begins.
     """
-    assert scoring.bias is None and scoring.query_index is None
+    assert scoring.bias is None and not scoring.indexed
     batch, num_queries, heads, dim = q_BSNH.shape
     kv_heads = k_BTKH.shape[2]
     count = -(-num_queries // cut.block)

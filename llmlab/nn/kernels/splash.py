@@ -80,8 +80,8 @@ def splash_lacks(
         return "it has no dropout"
     if scoring.bias is not None:
         return "it has no bias"
-    if scoring.query_index is not None:
-        return "queries have an index of their own (cached decoding)"
+    if scoring.indexed:
+        return "queries or keys have an index of their own (cached decoding)"
     kinds = [type(term) for term in scoring.mask.terms]
     if kinds.count(Segments) > 1:
         return "it takes one pair of segment ids"

@@ -32,7 +32,7 @@ def unrolled(
     scoring: Scoring,
 ) -> Float[Array, "B S N H"]:
     """As `reference`, for queries whose index is their place (no cache)."""
-    assert scoring.query_index is None
+    assert not scoring.indexed
     q_BKGSH = split_heads(q_BSNH, k_BTKH.shape[2])
     k_BKTH, v_BKTH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
     return join_heads(_attend(q_BKGSH, k_BKTH, v_BKTH, scoring.bias, replace(scoring, bias=None)))
