@@ -14,12 +14,13 @@ from llmlab.distill.terms import (
     States,
     Term,
 )
-from llmlab.distill.texts import Greedy, Sampled, TeacherTexts
+from llmlab.distill.texts import Beam, Greedy, Sampled, TeacherTexts
 from llmlab.objectives.divergences import ForwardKL, JensenShannon, ReverseKL, TotalVariation
 
 __all__ = [
     "AttentionMaps",
     "AttentionTransfer",
+    "Beam",
     "CosineStates",
     "Distill",
     "Embeddings",

@@ -11,14 +11,14 @@ With by="teacher" the teacher writes, which is sequence-level distillation (Kim 
 A row costs one pass over the prompt and one position of a cached decode for each token that is written.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from llmlab.infer.sampling import Sampling, sample
+from llmlab.infer.sampling import Needs, Sampling, SamplingRows, choose
 from llmlab.infer.steps import EncoderDecoderSteps, prepare
 from llmlab.objectives import Batch
 from llmlab.objectives.cross_entropy import IGNORED
@@ -123,15 +123,16 @@ def continuations(
     steps, params = prepare(writer)
     params = jax.lax.stop_gradient(params)
     rows, prompt = prompt_ids.shape
+    sampling = Sampling(temperature=temperature)
+    needs, requests = Needs.of([sampling]), SamplingRows.of([sampling] * rows, samples=range(rows))
+    requests = replace(requests, seed_B2=jnp.broadcast_to(jax.random.bits(key, (2,), jnp.uint32), (rows, 2)))
     positions = jnp.broadcast_to(jnp.arange(prompt), prompt_ids.shape)
-    sampling, row = Sampling(temperature=temperature), jnp.arange(rows)
-    dtype = jax.tree.leaves(params)[0].dtype
-    state = steps.new_state(rows, prompt + count, dtype, inputs)
+    state = steps.new_state(rows, prompt + count, jax.tree.leaves(params)[0].dtype, inputs)
     hidden, state = steps.prefill(params, state, prompt_ids, positions, inputs)
 
     def draw(hidden_BD: jax.Array, place: jax.Array) -> jax.Array:
-        logits = steps.project(params, hidden_BD)
-        return sample(logits, sampling, key, row, jnp.broadcast_to(place, (rows,))).astype(prompt_ids.dtype)
+        position_B = jnp.broadcast_to(place, (rows,))
+        return choose(steps.project(params, hidden_BD), requests, needs, position_B).token_B.astype(prompt_ids.dtype)
 
     first = draw(hidden[:, -1], jnp.asarray(prompt))
 

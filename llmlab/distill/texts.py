@@ -13,7 +13,6 @@ decoding, a file for every 512 sources, so that an interrupted run goes on and e
 
 import abc
 import dataclasses
-import functools
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -21,21 +20,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from flax import nnx
-
 from llmlab import buckets
 from llmlab.data.pairs import Pairs
 from llmlab.data.store import default_cache_dir
-from llmlab.distill.on_policy import continuations
+from llmlab.infer.beam import beam_search
+from llmlab.infer.generate import generate
 from llmlab.infer.greedy import greedy
+from llmlab.infer.sampling import Sampling
+from llmlab.tokenizers import Tokenizer
 from llmlab.training.directory import write_json
 
 _PART = 512  # sources of a file: seconds to minutes of a teacher's work
 _ROWS = 64  # sources that are decoded together
-_MULTIPLE = 16  # lengths are rounded up to it, so that few programs are compiled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,25 +40,46 @@ class Decoding(abc.ABC):
 
     @abc.abstractmethod
     def write(
-        self,
-        model: Any,
-        sources: Sequence[Sequence[int]],
-        *,
-        length: int,
-        eos_id: int | None,
-        num_tokens: int,
-        first: int,
+        self, model: Any, tokenizer: Tokenizer, sources: Sequence[Sequence[int]], *, length: int, first: int
     ) -> list[list[int]]:
         """Tokens of the target of each source, without start and end.
 
         Args:
             model: an encoder-decoder.
+            tokenizer: the one that it was trained with.
             sources: tokens, framed as the teacher was trained.
             length: longest target.
-            eos_id: token that ends one.
-            num_tokens: only ids below are written.
             first: number of the first source among all, for whoever draws at random.
         """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beam(Decoding):
+    """The best sequence that beam search finds, as in the paper."""
+
+    num_beams: int = 5
+    """Prefixes that live: as many times the time of Greedy()."""
+    length_penalty: float = 1.0
+    """Power of the length that a log-probability is divided by; 0 prefers short targets."""
+
+    def __post_init__(self) -> None:
+        if self.num_beams < 1:
+            raise ValueError(f"num_beams={self.num_beams} is not positive; 5 is the paper's, 1 is Greedy()")
+
+    def write(
+        self, model: Any, tokenizer: Tokenizer, sources: Sequence[Sequence[int]], *, length: int, first: int
+    ) -> list[list[int]]:
+        found = beam_search(
+            model,
+            sources,
+            max_new_tokens=length,
+            num_beams=self.num_beams,
+            length_penalty=self.length_penalty,
+            eos_id=tokenizer.eos_id,
+            num_tokens=tokenizer.vocab_size,
+            batch_size=_ROWS,
+        )
+        return [list(hypotheses[0].token_ids) for hypotheses in found]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,15 +87,9 @@ class Greedy(Decoding):
     """The most probable token at every place."""
 
     def write(
-        self,
-        model: Any,
-        sources: Sequence[Sequence[int]],
-        *,
-        length: int,
-        eos_id: int | None,
-        num_tokens: int,
-        first: int,
+        self, model: Any, tokenizer: Tokenizer, sources: Sequence[Sequence[int]], *, length: int, first: int
     ) -> list[list[int]]:
+        eos_id, num_tokens = tokenizer.eos_id, tokenizer.vocab_size
         return greedy(model, sources, max_new_tokens=length, eos_id=eos_id, num_tokens=num_tokens, batch_size=_ROWS)
 
 
@@ -88,41 +99,26 @@ class Sampled(Decoding):
 
     temperature: float = 1.0
     """Divides the scores: below 1 sharper."""
+    top_p: float | None = None
+    """Draw among the most probable tokens whose mass reaches p only."""
     seed: int = 0
-    """Of the draws."""
+    """Of the draws, below 2^32."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 1 << 32:
+            raise ValueError(f"seed={self.seed} is not in 0 ... 2^32 - 1")
+        self._sampling(0)
+
+    def _sampling(self, number: int) -> Sampling:
+        """How the target of a source is drawn: equal sources get targets of their own."""
+        return Sampling(temperature=self.temperature, top_p=self.top_p, seed=(self.seed << 32) + number)
 
     def write(
-        self,
-        model: Any,
-        sources: Sequence[Sequence[int]],
-        *,
-        length: int,
-        eos_id: int | None,
-        num_tokens: int,
-        first: int,
+        self, model: Any, tokenizer: Tokenizer, sources: Sequence[Sequence[int]], *, length: int, first: int
     ) -> list[list[int]]:
-        graphdef, params = nnx.split(model)
-        start = model.config.decoder_start_id
-        if start is None:
-            raise ValueError(
-                "the teacher begins targets with their own last token, which is not known yet; use Greedy()"
-            )
-
-        @functools.partial(jax.jit, static_argnums=4)
-        def draw(params: Any, ids: jax.Array, mask: jax.Array, key: jax.Array, length: int) -> jax.Array:
-            prompt = jnp.full((ids.shape[0], 1), start, jnp.int32)
-            inputs = {"input_ids": ids, "attention_mask": mask}
-            teacher = nnx.merge(graphdef, params)
-            return continuations(teacher, prompt, length, key, self.temperature, inputs)
-
-        found: list[list[int]] = []
-        for begin in range(0, len(sources), _ROWS):
-            rows = sources[begin : begin + _ROWS]
-            ids, mask = _padded(rows)
-            key = jax.random.fold_in(jax.random.key(self.seed), first + begin)
-            drawn = np.asarray(draw(params, ids, mask, key, length))[: len(rows)]
-            found += [_until(row.tolist(), eos_id, num_tokens) for row in drawn]
-        return found
+        sampling = [self._sampling(first + number) for number in range(len(sources))]
+        drawn = generate(model, tokenizer, list(sources), max_new_tokens=length, sampling=sampling, max_rows=_ROWS)
+        return [list(completion.token_ids) for completion in drawn]
 
 
 @dataclass(frozen=True)
@@ -133,7 +129,7 @@ class TeacherTexts(Pairs):
     teacher: str
     """Run or Hugging Face directory of an encoder-decoder."""
     decoding: Decoding = Greedy()
-    """How it writes: Greedy() or Sampled()."""
+    """How it writes: Beam(), Greedy() or Sampled()."""
     written_length: int = 64
     """Longest target that it writes, in its own tokens."""
 
@@ -204,14 +200,8 @@ def _writer(data: TeacherTexts) -> Callable[[Sequence[str], int], list[str]]:
     frame = _frame(data, tokenizer)
 
     def write(sources: Sequence[str], first: int) -> list[str]:
-        rows = data.decoding.write(
-            model,
-            [frame(source) for source in sources],
-            length=data.written_length,
-            eos_id=tokenizer.eos_id,
-            num_tokens=tokenizer.vocab_size,
-            first=first,
-        )
+        framed = [frame(source) for source in sources]
+        rows = data.decoding.write(model, tokenizer, framed, length=data.written_length, first=first)
         return [" ".join(text.split()) for text in tokenizer.decode_batch(rows, skip_special_tokens=True)]
 
     return write
@@ -228,19 +218,3 @@ def _frame(data: TeacherTexts, tokenizer: Any) -> Callable[[str], list[int]]:
         if isinstance(own, Pairs) and length is not None:
             return lambda text: own.framed(tokenizer, tokenizer.encode(own.prefix + text), length)
     return lambda text: tokenizer.encode(data.prefix + text, add_special_tokens=True)
-
-
-def _padded(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """ids and mask of a full group of rows, padded on the right."""
-    length = -(-max(len(row) for row in rows) // _MULTIPLE) * _MULTIPLE
-    ids, mask = np.zeros((_ROWS, length), np.int32), np.zeros((_ROWS, length), np.int32)
-    mask[:, 0] = 1  # of rows that fill the group up
-    for number, row in enumerate(rows):
-        ids[number, : len(row)], mask[number, : len(row)] = row, 1
-    return ids, mask
-
-
-def _until(row: list[int], eos_id: int | None, num_tokens: int) -> list[int]:
-    """A row's tokens before its end; rows of the vocabulary that are no tokens are left out."""
-    row = row[: row.index(eos_id)] if eos_id in row else row
-    return [token for token in row if token < num_tokens]

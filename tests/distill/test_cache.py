@@ -57,7 +57,8 @@ def test_what_is_kept_of_a_row_is_what_the_teacher_says_of_it(
     cache = write_cache(experiment_of(Distill(teacher=teacher)), tmp_path / kind, kind=kind, entries=16)
     found = cache.read(np.arange(8), row_checks(batch))
     names = ("input_ids", "segment_ids", "position_ids")
-    logits = llmlab.load(teacher)(**{name: jnp.asarray(batch[name]) for name in names}).logits
+    model: Any = llmlab.load(teacher)
+    logits = model(**{name: jnp.asarray(batch[name]) for name in names}).logits
     log_p = np.asarray(jax.nn.log_softmax(logits), np.float64)
     of_kept = np.take_along_axis(log_p, found["ids"].astype(np.int64), axis=-1)
     if kind == "top-k":

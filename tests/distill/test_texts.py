@@ -3,12 +3,15 @@
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import llmlab
 from llmlab.data import Pairs
-from llmlab.distill import Greedy, Sampled, TeacherTexts
+from llmlab.distill import Beam, Greedy, Sampled, TeacherTexts
 from llmlab.distill import texts as texts_module
 from llmlab.distill.texts import teacher_texts
 from llmlab.experiment import Experiment
@@ -79,6 +82,34 @@ def test_targets_are_what_the_teacher_writes_and_validation_is_the_files_own(fil
     assert train == [pair for pair in zip(sources, expected, strict=True) if pair[1].strip()]
 
 
+def test_beam_search_finds_targets_that_the_teacher_finds_more_probable(files: Path, translator: str) -> None:
+    sources = [f"w{i}" for i in range(8)]
+    tokenizer = llmlab.load_tokenizer(translator)
+    model: Any = llmlab.load(translator)
+    framed = [[*tokenizer.encode(source), tokenizer.eos_id] for source in sources]
+    kinds = Beam(num_beams=4, length_penalty=0.0), Greedy()
+    beam, greedily = (kind.write(model, tokenizer, framed, length=8, first=0) for kind in kinds)
+    graphdef, params = nnx.split(model)
+
+    @jax.jit
+    def log_probability(params: Any, source: Any, target: Any) -> Any:
+        """Of each of eight tokens of one target."""
+        late = jnp.concatenate([jnp.asarray([model.config.decoder_start_id]), target[:-1]])
+        teacher: Any = nnx.merge(graphdef, params)
+        logits = teacher(source[None], decoder_input_ids=late[None]).logits[0]
+        log_p = jax.nn.log_softmax(logits[:, : tokenizer.vocab_size])  # other rows are no tokens
+        return log_p[jnp.arange(8), target]
+
+    def total(source: list[int], target: list[int]) -> float:
+        ended = [*target, tokenizer.eos_id][:8]
+        padded = jnp.asarray([*ended, *[0] * (8 - len(ended))])
+        return float(log_probability(params, jnp.asarray(source), padded)[: len(ended)].sum())
+
+    gains = [total(s, b) - total(s, g) for s, b, g in zip(framed, beam, greedily, strict=True)]
+    assert min(gains) > -1e-4
+    assert max(gains) > 0.0
+
+
 def test_texts_are_written_once_and_an_interrupted_writer_goes_on(
     files: Path, translator: str, monkeypatch: Any
 ) -> None:
@@ -107,9 +138,20 @@ def test_draws_are_the_seeds_own_and_fingerprints_know_the_decoding(files: Path,
     sources = [f"w{i}" for i in range(8)]
     a, b = (teacher_texts(data(files, translator, decoding=Sampled(seed=seed)), sources) for seed in (0, 1))
     assert a != b
-    kinds = [Greedy(), Sampled(seed=0), Sampled(seed=1)]
+    equal = teacher_texts(data(files, translator, decoding=Sampled()), ["w1"] * 8)
+    assert len({*equal}) > 1, "equal sources have draws of their own"
+    kinds = [Beam(), Beam(num_beams=2), Greedy(), Sampled(seed=0), Sampled(seed=1), Sampled(top_p=0.9)]
     prints = {data(files, translator, decoding=kind).fingerprint() for kind in kinds}
-    assert len(prints | {Pairs(**pairs(files)).fingerprint()}) == 4
+    assert len(prints | {Pairs(**pairs(files)).fingerprint()}) == len(kinds) + 1
+    for wrong, message in (
+        ({"seed": -1}, "seed=-1"),
+        ({"temperature": -1.0}, "temperature=-1"),
+        ({"top_p": 2.0}, "top_p"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Sampled(**wrong)
+    with pytest.raises(ValueError, match="num_beams=0"):
+        Beam(num_beams=0)
 
 
 def test_a_student_with_another_tokenizer_learns_from_it(files: Path, translator: str) -> None:
