@@ -143,15 +143,15 @@ def test_draws_are_the_seeds_own_and_fingerprints_know_the_decoding(files: Path,
     kinds = [Beam(), Beam(num_beams=2), Greedy(), Sampled(seed=0), Sampled(seed=1), Sampled(top_p=0.9)]
     prints = {data(files, translator, decoding=kind).fingerprint() for kind in kinds}
     assert len(prints | {Pairs(**pairs(files)).fingerprint()}) == len(kinds) + 1
-    for wrong, message in (
-        ({"seed": -1}, "seed=-1"),
-        ({"temperature": -1.0}, "temperature=-1"),
-        ({"top_p": 2.0}, "top_p"),
-    ):
+    mistakes = {
+        "seed=-1": lambda: Sampled(seed=-1),
+        "temperature=-1": lambda: Sampled(temperature=-1.0),
+        "top_p=2": lambda: Sampled(top_p=2.0),
+        "num_beams=0": lambda: Beam(num_beams=0),
+    }
+    for message, make in mistakes.items():
         with pytest.raises(ValueError, match=message):
-            Sampled(**wrong)
-    with pytest.raises(ValueError, match="num_beams=0"):
-        Beam(num_beams=0)
+            make()
 
 
 def test_a_student_with_another_tokenizer_learns_from_it(files: Path, translator: str) -> None:
