@@ -16,8 +16,9 @@ DESCRIPTION = """\
 Train a student with its teacher, and once more without, and say what the teacher was worth:
     llmlab distill FILE.py --objective.teacher RUN
     llmlab distill cache FILE.py --out DIR        write down what the teacher says of every row, once (see --help there)
-The file's config() has objective=Distill(...); every value is a flag, as for llmlab train. Both runs, report.md and
-results.json go to runs/<file>-<hash>-distill. The same command again goes on where it was cut short.
+The file's config() has objective=Distill(...) or data=TeacherTexts(...); every value is a flag, as for llmlab train.
+Both runs, report.md and results.json go to runs/<file>-<hash>-distill. The same command again goes on where it was cut
+short.
 """
 CACHE_DESCRIPTION = """\
 Write the teacher's predictions on the rows that the experiment will read, and train from them afterwards:
@@ -71,6 +72,7 @@ def _compare(arguments: argparse.Namespace, flags: Sequence[str]) -> int:
     jobs = {"student": experiment, "scratch": gains.without_teacher(experiment)}
     for each in jobs.values():
         each.validate()
+    gains.check_comparable(experiment)
     out = arguments.out or Path("runs") / f"{path.stem}-{config_hash(experiment)}-distill"
     quiet = arguments.quiet or arguments.json
     compilation_cache.enable(default_cache_dir())

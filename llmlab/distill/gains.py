@@ -20,10 +20,13 @@ from typing import Any
 import jax
 
 from llmlab.distill.objective import Distill
+from llmlab.distill.teacher import check_same_tokenizer
+from llmlab.distill.texts import TeacherTexts
 from llmlab.nn.module import Params, split
 from llmlab.objectives import Objective
 from llmlab.training.evaluation import evaluate
 from llmlab.training.program import Program
+from llmlab.training.session import tokenizer_for
 
 _REPEATS = 9  # forward passes that are timed: the median of an odd number is one of them
 
@@ -46,24 +49,46 @@ class Entrant:
     """Of a forward pass over a validation batch, measured here: the median of nine."""
 
 
+def teacher_of(experiment: Any) -> str:
+    """Directory of the teacher whose predictions, states or texts the student learns.
+
+    Raises:
+        ValueError: it has none.
+    """
+    objective, data = experiment.objective, experiment.data
+    if isinstance(objective, Distill):
+        return objective.teacher
+    if isinstance(data, TeacherTexts):
+        return data.teacher
+    raise ValueError(
+        f"objective={type(objective).__name__} has no teacher; llmlab distill compares an experiment with "
+        'objective=Distill(teacher="RUN") or data=TeacherTexts(...), and llmlab train trains any'
+    )
+
+
 def without_teacher(experiment: Any) -> Any:
     """The experiment in which the student learns from the data alone.
 
     Raises:
         ValueError: it has no teacher, or nothing could be learned without one.
     """
-    objective = experiment.objective
-    if not isinstance(objective, Distill):
-        raise ValueError(
-            f"objective={type(objective).__name__} has no teacher; llmlab distill compares an experiment with "
-            'objective=Distill(teacher="RUN"), and llmlab train trains any'
-        )
-    if objective.base is None:
-        raise ValueError(
-            "objective.base is None: without its teacher the student has nothing to learn, so there is no baseline; "
-            "give a base, or train with llmlab train and measure the run"
-        )
-    return dataclasses.replace(experiment, objective=objective.base)
+    teacher_of(experiment)
+    objective, data = experiment.objective, experiment.data
+    if isinstance(objective, Distill):
+        if objective.base is None:
+            raise ValueError(
+                "objective.base is None: without its teacher the student has nothing to learn, so there is no "
+                "baseline; give a base, or train with llmlab train and measure the run"
+            )
+        objective = objective.base
+    if isinstance(data, TeacherTexts):
+        data = data.plain
+    return dataclasses.replace(experiment, objective=objective, data=data)
+
+
+def check_comparable(experiment: Any) -> None:
+    """Raises a ValueError where student and teacher read different tokens, so that losses say nothing of each other."""
+    check_same_tokenizer(teacher_of(experiment), tokenizer_for(experiment))
 
 
 def gap_closed(*, teacher: float, student: float, scratch: float) -> float | None:
@@ -88,14 +113,13 @@ def compare(
     """
     from llmlab.runs import load, load_config
 
-    objective = experiment.objective
-    base, tokenizer = without_teacher(experiment).objective, student.tokenizer
-    train = experiment.train
-    dataset = experiment.data.build(
+    teacher, alone = teacher_of(experiment), without_teacher(experiment)
+    base, tokenizer, train = alone.objective, student.tokenizer, experiment.train
+    dataset = alone.data.build(
         tokenizer, sequence_length=train.sequence_length, batch_size=train.batch_size, seed=train.seed
     )
     configs = {
-        "teacher": (load_config(objective.teacher), lambda: split(load(objective.teacher))[1], objective.teacher),
+        "teacher": (load_config(teacher), lambda: split(load(teacher))[1], teacher),
         "student": (load_config(student.directory), lambda: split(student.model)[1], str(student.directory)),
         "scratch": (load_config(scratch.directory), lambda: split(scratch.model)[1], str(scratch.directory)),
     }

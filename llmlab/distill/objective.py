@@ -71,6 +71,11 @@ class Distill(Objective):
                 "cache holds the teacher's predictions on the rows of the data: terms over layers and on_policy need "
                 "the teacher itself; leave cache out"
             )
+        if self.cache is not None and not (self.predictions and isinstance(self.base, TokenObjective)):
+            yield (
+                f"cache holds distributions over tokens, and base={type(self.base).__name__} with terms "
+                f"{', '.join(type(term).__name__ for term in self.terms)} asks for none; leave cache out"
+            )
         if self.on_policy is not None and not isinstance(self.base, TokenObjective):
             yield "on_policy writes text, and base predicts no tokens; leave it out"
 

@@ -28,7 +28,7 @@ from llmlab.distill.layers import LastLayers, LayerMap, Uniform, num_layers
 from llmlab.nn.capture import What
 from llmlab.objectives.divergences import Divergence, ForwardKL
 from llmlab.objectives.relations import attention_transfer, map_error, relation
-from llmlab.objectives.states import cosine_distance, projected_error, statistics_error
+from llmlab.objectives.states import cosine_distance, normalised, projected_error, statistics_error
 
 Side = Literal["", "encoder", "decoder"]
 """Which stack of an encoder-decoder; "" where there is one alone."""
@@ -214,7 +214,7 @@ class FeatureMaps(LayerTerm):
         mine, theirs = views.matched("state")
         if not self.decomposed:
             return projected_error(mine, theirs, views.weighted())
-        apart = projected_error(_normalised(mine), _normalised(theirs), views.weighted())
+        apart = projected_error(normalised(mine), normalised(theirs), views.weighted())
         return apart + statistics_error(mine, theirs, views.weighted())
 
 
@@ -303,9 +303,3 @@ def _same_heads(term: LayerTerm, mine: jax.Array, theirs: jax.Array) -> None:
             f"{type(term).__name__} compares head with head; the student has {mine.shape[2]} and the teacher "
             f"{theirs.shape[2]}: give the student as many, or use Relations(), which cuts heads anew"
         )
-
-
-def _normalised(x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-    x = x.astype(jnp.float32)
-    centred = x - jnp.mean(x, axis=-1, keepdims=True)
-    return centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + 1e-6)

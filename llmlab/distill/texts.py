@@ -138,6 +138,11 @@ class TeacherTexts(Pairs):
         if self.written_length < 1:
             raise ValueError(f"written_length={self.written_length} is not positive")
 
+    @property
+    def plain(self) -> Pairs:
+        """The files with their own targets."""
+        return Pairs(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Pairs)})
+
     def content(self) -> list[Any]:
         from llmlab.distill.teacher import digest
 

@@ -1,5 +1,6 @@
 """From an experiment with a live teacher to a cache of what the teacher says of its rows."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -40,11 +41,7 @@ def write_cache(
     """
     objective, train = experiment.objective, experiment.train
     assert isinstance(objective, Distill)
-    if not objective.predictions or objective.layer_terms or objective.on_policy is not None:
-        raise ValueError(
-            "a cache holds predictions on the rows of the data: the objective must have Predictions() alone, and no "
-            "on_policy"
-        )
+    dataclasses.replace(objective, cache=str(directory))  # raises where its training could not read a cache
     if rows_per_shard < 1:
         raise ValueError(f"--rows-per-shard {rows_per_shard} is not positive")
     tokenizer = tokenizer_for(experiment)

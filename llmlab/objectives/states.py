@@ -38,6 +38,13 @@ def projected_error(
     return jnp.sum(weights * jnp.mean(jnp.square(difference), axis=-1))
 
 
+def normalised(x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    """States with mean 0 and variance 1 over their features, float32; a constant one becomes 0."""
+    x = x.astype(jnp.float32)
+    centred = x - jnp.mean(x, axis=-1, keepdims=True)
+    return centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + 1e-6)
+
+
 def statistics_error(
     student: Float[Array, "*B D"], teacher: Float[Array, "*B E"], weights: Float[Array, "*B"]
 ) -> Float[Array, ""]:

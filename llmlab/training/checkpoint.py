@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from llmlab.nn.module import Params
 from llmlab.objectives.companion import LEARNED, apart
@@ -363,6 +364,8 @@ def _brought(stored: Any, abstract: Params) -> Params:
     if stored is None or LEARNED not in stored.tree:
         return {}
     here = jax.tree.leaves(abstract)[0].sharding
+    if isinstance(here, NamedSharding):  # that of a parameter may not divide these
+        here = NamedSharding(here.mesh, PartitionSpec())
     return {
         LEARNED: jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(tuple(x.shape), x.dtype, sharding=here), stored.tree[LEARNED]

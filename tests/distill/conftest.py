@@ -10,12 +10,11 @@ import pytest
 
 import llmlab
 from llmlab.data import Packed, TextFiles
-from llmlab.distill import Distill
 from llmlab.experiment import Experiment
 from llmlab.models.config import Tied
 from llmlab.models.llama import llama
 from llmlab.objectives import NextToken, Objective
-from llmlab.optim import SGD, Constant
+from llmlab.optim import SGD, Constant, Optimizer
 from llmlab.sharding.mesh import Mesh
 from llmlab.tokenizers import Bytes
 from llmlab.training.config import Train
@@ -72,12 +71,19 @@ def batch(experiment_of: Callable[..., Experiment]) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="session")
 def program_of(experiment_of: Callable[..., Experiment], batch: Any) -> Callable[..., Program]:
-    """Function (objective, model, mesh, settings of training) -> the program."""
+    """Function (objective, model, mesh, optimizer, settings of training) -> the program."""
 
-    def make(objective: Distill, model: Any = STUDENT, mesh: Mesh | None = None, **train: Any) -> Program:
+    def make(
+        objective: Objective,
+        model: Any = STUDENT,
+        mesh: Mesh | None = None,
+        optimizer: Optimizer | None = None,
+        **train: Any,
+    ) -> Program:
         experiment = experiment_of(objective, model, **train)
         settled = model.with_vocabulary(Bytes().build().vocab_size)
         placement = (mesh or Mesh(data=1)).build(jax.devices()[: 1 if mesh is None else None])
-        return Program.build(settled, objective, experiment.optimizer, placement, experiment.train, batch)
+        optimizer = optimizer or experiment.optimizer
+        return Program.build(settled, objective, optimizer, placement, experiment.train, batch)
 
     return make

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 
 from llmlab import cli
 from llmlab.commands import distill_tables
+from llmlab.data import Pairs
+from llmlab.distill import CosineStates, Distill, TeacherTexts
 from llmlab.distill.gains import gap_closed, without_teacher
 from llmlab.objectives import NextToken
 from tests.distill.conftest import LENGTH
@@ -141,6 +144,13 @@ def test_the_gap_and_the_baseline_are_what_they_are_called(teacher: str, experim
     assert gap_closed(teacher=2.0, student=1.5, scratch=2.0) is None
     with pytest.raises(ValueError, match="objective=NextToken has no teacher"):
         without_teacher(experiment_of(NextToken()))
+    with pytest.raises(ValueError, match=r"objective\.base is None"):
+        without_teacher(experiment_of(Distill(teacher=teacher, base=None, terms=(CosineStates(),))))
+    pairs = Pairs(source="a", target="b", validation_fraction=0.25, prefix="say: ")
+    texts = TeacherTexts(source="a", target="b", validation_fraction=0.25, prefix="say: ", teacher=teacher)
+    assert without_teacher(replace(experiment_of(NextToken()), data=texts)) == replace(
+        experiment_of(NextToken()), data=pairs
+    )
     entrant = {"loss": 1.0, "num_parameters": 1, "flops_per_token": 1.0, "tokens_per_second": 1.0}
     results = {
         "unit": "token",

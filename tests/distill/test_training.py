@@ -1,5 +1,8 @@
 """Training with a teacher: one step against plain gradients, and whatever must not matter."""
 
+import contextlib
+import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 import llmlab
@@ -24,8 +28,13 @@ from llmlab.distill import (
     States,
     Uniform,
 )
+from llmlab.distill.teacher import digest
+from llmlab.nn.capture import capturing
 from llmlab.nn.module import merge, split
+from llmlab.objectives import NextToken
 from llmlab.objectives.companion import LEARNED, apart
+from llmlab.objectives.relations import attention_transfer, map_error, relation
+from llmlab.optim import AdamW, Constant
 from llmlab.sharding.mesh import Mesh
 from tests.distill.conftest import STUDENT, TEACHER
 
@@ -117,31 +126,48 @@ def test_layouts_and_parts_do_not_change_what_is_learned(kind: str, teacher: str
     names = {"train/states", "train/embeddings", "train/attention_maps", "train/attention", "train/relations"}
     assert names < set(states[0][1])
     if kind == "sharded":
-        specs = [leaf.sharding.spec for leaf in jax.tree.leaves(other.frozen)]
-        assert any(any(axis is not None for axis in spec) for spec in specs), "the teacher is split as a model is"
+        trained = program_of(NextToken(), TEACHER, mesh=Mesh(data=2, fsdp=2, tensor=2)).state.params
+        where, expected = (jax.tree.map(lambda x: x.sharding, tree) for tree in (other.frozen, trained))
+        assert where == expected, "the teacher is laid out as in its own training"
+        assert any(not leaf.is_fully_replicated for leaf in jax.tree.leaves(where))
 
 
 def test_terms_over_layers_equal_their_functions_on_the_layers_own_outputs(
     teacher: str, program_of: Any, batch: Any
 ) -> None:
-    from llmlab.nn.capture import capturing
-    from llmlab.objectives.states import projected_error
-
-    objective = Distill(teacher=teacher, terms=(States(layers=Explicit(of=((0, 0),)), weight=2.0),))
-    program = program_of(objective)
+    """Of a student with other widths; in NumPy, but for the functions that have tests of their own."""
+    program = program_of(Distill(teacher=teacher, terms=ALL_TERMS))
     state = program.initialise()
     own, learned = apart(state.params)
-    names = ("input_ids", "segment_ids", "position_ids")
-    inputs: Any = {name: jnp.asarray(batch[name]) for name in names}
-    captured: Any = []
+    inputs: Any = {name: jnp.asarray(batch[name]) for name in ("input_ids", "segment_ids", "position_ids")}
+    what: Any = ("input", "state", "scores", "attention", "query", "key", "value", "allowed")
+    seen: list[dict[str, Any]] = []
     for model in (merge(program.graphdef, own), llmlab.load(teacher)):
-        with capturing("state"):
-            captured.append(model.hidden_states(**inputs).auxiliary["capture/state"][0])
+        with capturing(*what):
+            found = model.hidden_states(**inputs).auxiliary
+        seen.append({name: found[f"capture/{name}"] for name in what})
+    mine, theirs = seen
     real = jnp.asarray(batch["segment_ids"] != 0, jnp.float32)
-    mine, theirs = captured
-    expected = 2.0 * projected_error(mine, theirs, real, learned["0_states"]["kernel"]) / real.sum()
+
+    def projected(name: str, layer: int, kernel: str) -> Any:
+        difference = np.asarray(mine[name][0]) @ np.asarray(learned[kernel]["kernel"]) - np.asarray(theirs[name][layer])
+        return (real * (difference**2).mean(-1)).sum()
+
+    allowed = mine["allowed"][0]
+    relations = [[relation(side[name][-1], allowed, 4) for side in seen] for name in ("query", "key", "value")]
+    expected = {
+        "states": projected("state", 1, "0_states"),
+        "embeddings": projected("input", 0, "1_embeddings"),
+        "attention_maps": map_error(mine["scores"][0], theirs["scores"][-1], allowed, real),
+        "attention": attention_transfer(mine["attention"][0], theirs["attention"][-1], real),
+        "relations": sum(attention_transfer(*pair, weights=real) for pair in relations) / 3,
+    }
     parts = program.evaluate_step(state.params, program.place(batch))
-    np.testing.assert_allclose(parts.metrics["distillation"] / parts.count, expected, rtol=1e-4)
+    for name, value in expected.items():
+        np.testing.assert_allclose(parts.metrics[name] / parts.count, value / real.sum(), rtol=2e-4, err_msg=name)
+    terms = {"divergence": 1.0, **dict.fromkeys(expected, 1.0), "embeddings": 0.5}
+    total = sum(weight * parts.metrics[name] for name, weight in terms.items())
+    np.testing.assert_allclose(parts.metrics["distillation"], total, rtol=1e-5)
 
 
 def test_a_recipe_of_two_stages_computes_what_holds(teacher: str, program_of: Any, batch: Any) -> None:
@@ -158,14 +184,33 @@ def test_a_recipe_of_two_stages_computes_what_holds(teacher: str, program_of: An
     np.testing.assert_allclose(second["train/distillation"], second["train/divergence"])
 
 
-def test_progressive_training_changes_one_layer_at_a_time(teacher: str, program_of: Any, batch: Any) -> None:
-    import dataclasses
+def feature_maps_by_hand(student: Any, teacher: Any, batch: Any) -> Any:
+    """MobileBERT's loss of the first layer, in NumPy: normalised states, their means and their variances."""
+    inputs: Any = {name: jnp.asarray(batch[name]) for name in ("input_ids", "segment_ids", "position_ids")}
+    layers = []
+    for model in (student, teacher):
+        with capturing("state"):
+            layers.append(np.asarray(model.hidden_states(**inputs).auxiliary["capture/state"][0], np.float64))
+    (mine, my_mean, my_variance), (theirs, their_mean, their_variance) = (
+        (x, x.mean(-1, keepdims=True), x.var(-1, keepdims=True)) for x in layers
+    )
+    normalised = [
+        (x - m) / np.sqrt(v) for x, m, v in ((mine, my_mean, my_variance), (theirs, their_mean, their_variance))
+    ]
+    error = ((normalised[0] - normalised[1]) ** 2).mean(-1)
+    moments = (my_mean - their_mean) ** 2 + np.abs(my_variance - their_variance)
+    real = batch["segment_ids"] != 0
+    return (error + moments[..., 0])[real].mean()
 
-    student = dataclasses.replace(TEACHER, execution=TEACHER.execution)
+
+def test_progressive_training_changes_one_layer_at_a_time(teacher: str, program_of: Any, batch: Any) -> None:
+    """Momentum and weight decay included, which move a parameter that has no gradient."""
     terms = (FeatureMaps(layers=Uniform(), decomposed=True), Predictions(begin=2))
     objective = Distill(teacher=teacher, terms=terms, progressive=1)
-    program = program_of(objective, student)
+    adamw = AdamW(peak_lr=1e-2, schedule=Constant(), weight_decay=0.1)
+    program = program_of(objective, TEACHER, optimizer=adamw, steps=3)
     placed, state = program.place(batch), program.initialise()
+    feature_maps = feature_maps_by_hand(program.finished(state.params), llmlab.load(teacher), batch)
 
     def changes(before: Any, after: Any) -> tuple[bool, ...]:
         blocks = [tree["stack"]["blocks"]["0"] for tree in (before, after)]
@@ -177,10 +222,12 @@ def test_progressive_training_changes_one_layer_at_a_time(teacher: str, program_
         return (*moved, any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, rest), strict=True)))
 
     found = []
-    for _ in range(3):
+    for step in range(3):
         before = jax.device_get(state.params)
-        state, _ = program.train_step(state, placed)
+        state, metrics = program.train_step(state, placed)
         found.append(changes(before, jax.device_get(state.params)))
+        if step == 0:
+            np.testing.assert_allclose(metrics["train/feature_maps"], feature_maps, rtol=2e-4)
     assert found == [(True, False, False), (False, True, False), (True, True, True)]
 
 
@@ -192,8 +239,16 @@ def test_a_run_with_projections_is_a_model_without_them_and_resumes_to_the_same_
     assert LEARNED not in split(run.model)[1]
     assert run.summary["num_parameters"] == STUDENT.with_vocabulary(384).num_parameters()
     assert {"validation/loss", "validation/divergence", "validation/states"} <= run.summary.keys()
-    fingerprints = (tmp_path / "whole" / "provenance.json").read_text()
-    assert '"teacher"' in fingerprints
+    provenance = json.loads((tmp_path / "whole" / "provenance.json").read_text())
+    assert provenance["fingerprints"]["teacher"] == digest(teacher)
+    # A checkpoint holds the student, the projection and the step: plain gradient descent keeps nothing, and what it
+    # would keep of a teacher is not there.
+    (checkpoint,) = (tmp_path / "whole" / "checkpoints").iterdir()
+    with contextlib.closing(ocp.StandardCheckpointer()) as checkpointer:
+        stored: Any = [checkpointer.metadata(checkpoint / item).item_metadata for item in ("params", "training")]
+    sizes = [sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(item.tree)) for item in stored]
+    assert sizes[0] == STUDENT.with_vocabulary(384).num_parameters() + 8 * 16
+    assert sizes[1] < 10
     # Two steps, and then a third.
     first = experiment_of(objective, steps=2)
     llmlab.train(first, tmp_path / "parts")

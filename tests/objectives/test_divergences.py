@@ -73,6 +73,22 @@ def test_the_gradient_tends_to_matching_of_logits_as_the_temperature_grows(diver
     assert distances[1] < 0.05 * np.abs(matching).max()
 
 
+def test_total_variation_tends_to_the_distance_of_logits_as_the_temperature_grows() -> None:
+    teacher, student = (np.asarray(logits(seed), np.float64) for seed in (0, 1))
+    difference = teacher - student
+    expected = np.abs(difference - difference.mean(-1, keepdims=True)).sum(-1) / (2 * V)
+    found = [TotalVariation().softened(jnp.asarray(teacher), jnp.asarray(student), t) for t in (10.0, 100.0)]
+    distances = [np.abs(np.asarray(x) - expected).max() for x in found]
+    assert distances[0] > 5 * distances[1]  # of first order in 1/T: a tenth, but for the places where |.| has its kink
+    np.testing.assert_allclose(found[1], expected, rtol=0.05)
+
+
+def test_total_variation_is_bounded_by_the_root_of_half_the_kl() -> None:
+    p, q = (jax.nn.log_softmax(logits(seed)) for seed in (0, 1))
+    for kl in (ForwardKL()(p, q), ReverseKL()(p, q)):  # Pinsker's inequality
+        assert np.all(np.asarray(TotalVariation()(p, q)) <= np.sqrt(np.asarray(kl) / 2))
+
+
 @pytest.mark.parametrize("divergence", ALL, ids=lambda d: type(d).__name__)
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_the_closed_gradient_is_that_of_the_value(divergence: Divergence, temperature: float) -> None:

@@ -11,6 +11,7 @@ from llmlab.objectives.divergences import ForwardKL, JensenShannon, ReverseKL, T
 from llmlab.objectives.soft_targets import LiveTeacher, Mixing, StoredTeacher, soft_target_loss
 
 B, S, D, E, V = 2, 7, 5, 6, 11
+HEADS = (("hidden", "head"), ("teacher", "teacher_head"))
 DIVERGENCES = [ForwardKL(), ReverseKL(), JensenShannon(beta=0.4), TotalVariation()]
 
 
@@ -53,6 +54,39 @@ def test_chunks_equal_whole_logits_and_the_teacher_has_no_gradient(divergence: A
         np.testing.assert_allclose(gradient[name], expected_gradient[name], rtol=2e-4, atol=2e-6)
     for name in ("teacher", "teacher_head"):
         assert not np.any(gradient[name])
+
+
+def test_labels_are_mixed_in_as_defined() -> None:
+    a, mixing = arrays(), Mixing(temperature=3.0, soft=0.6, hard=0.4)
+    found = soft_target_loss(a["hidden"], lambda h: h @ a["head"], live(a), LABELS, WEIGHTS, mixing=mixing)
+    y, z = (np.asarray(a[x], np.float64) @ np.asarray(a[h], np.float64) for x, h in HEADS)
+
+    def log_softmax(x: np.ndarray) -> np.ndarray:
+        return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+    log_p, log_q, nll = log_softmax(z / 3), log_softmax(y / 3), -log_softmax(y)
+    counted = np.asarray(LABELS) != -100
+    total = 0.0
+    for b, s in zip(*np.nonzero(counted), strict=True):
+        kl = np.sum(np.exp(log_p[b, s]) * (log_p[b, s] - log_q[b, s]))
+        total += float(WEIGHTS[b, s]) * (0.6 * 9 * kl + 0.4 * nll[b, s, int(LABELS[b, s])])
+    np.testing.assert_allclose(found.total, total, rtol=1e-5)
+
+
+def test_a_teacher_that_is_sure_of_the_label_is_a_label() -> None:
+    """One that puts all its mass on the labels teaches what cross-entropy does, value and gradient."""
+    a = arrays()
+    sure = jax.nn.one_hot(jnp.maximum(LABELS, 0), V) * 200.0
+    teacher = LiveTeacher(hidden=sure, project=lambda h: h)
+
+    def loss(hidden: Any, mixing: Mixing) -> Any:
+        return soft_target_loss(hidden, lambda h: h @ a["head"], teacher, LABELS, WEIGHTS, mixing=mixing).total
+
+    soft, hard = (
+        jax.value_and_grad(lambda h, m=m: loss(h, m))(a["hidden"]) for m in (Mixing(), Mixing(soft=0.0, hard=1.0))
+    )
+    np.testing.assert_allclose(soft[0], hard[0], rtol=1e-5)
+    np.testing.assert_allclose(soft[1], hard[1], rtol=1e-4, atol=1e-6)
 
 
 def stored(a: dict[str, Any], k: int, temperature: float, sampled: bool = False) -> StoredTeacher:

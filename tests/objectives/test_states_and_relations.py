@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from llmlab.objectives.relations import attention_transfer, map_error, masked_log_softmax, relation
-from llmlab.objectives.states import cosine_distance, projected_error, statistics_error
+from llmlab.objectives.states import cosine_distance, normalised, projected_error, statistics_error
 
 B, S, D, E, N, H = 2, 4, 3, 5, 2, 3
 RNG = np.random.default_rng(0)
@@ -33,6 +33,32 @@ def test_states_equal_their_definitions() -> None:
     np.testing.assert_allclose(
         statistics_error(*map(jnp.asarray, (X, T, WEIGHTS))), (WEIGHTS * moments).sum(), rtol=1e-5
     )
+
+
+def test_the_best_projection_is_that_of_least_squares() -> None:
+    x, t = (RNG.normal(size=(2, 40, width)).astype(np.float32) for width in (D, E))
+    weights = RNG.uniform(0.5, 2.0, size=(2, 40)).astype(np.float32)
+    root = np.sqrt(weights)[..., None]
+    best, residual, _, _ = np.linalg.lstsq((root * x).reshape(-1, D), (root * t).reshape(-1, E), rcond=None)
+    loss = jax.value_and_grad(lambda w: projected_error(jnp.asarray(x), jnp.asarray(t), jnp.asarray(weights), w))
+    value, gradient = loss(jnp.asarray(best))
+    np.testing.assert_allclose(value, residual.sum() / E, rtol=1e-4)
+    np.testing.assert_allclose(gradient, 0.0, atol=1e-4)
+
+
+def test_the_cosine_of_unit_vectors_is_half_their_squared_distance() -> None:
+    x, t = (v / np.linalg.norm(v, axis=-1, keepdims=True) for v in (X, T[..., :D]))
+    args = [jnp.asarray(v) for v in (x, t, WEIGHTS)]
+    np.testing.assert_allclose(cosine_distance(*args), projected_error(*args) * D / 2, rtol=1e-4)
+
+
+def test_states_that_differ_in_scale_and_shift_differ_in_statistics_alone() -> None:
+    moved = 2.0 * X + 1.0
+    same = [normalised(jnp.asarray(v)) for v in (X, moved)]
+    np.testing.assert_allclose(projected_error(*same, weights=jnp.asarray(WEIGHTS)), 0.0, atol=1e-5)
+    expected = (WEIGHTS * ((X.mean(-1) + 1.0) ** 2 + 3.0 * X.var(-1))).sum()
+    found = statistics_error(*map(jnp.asarray, (X, moved, WEIGHTS)))
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
 def test_directions_alone_count_for_cosines_and_a_state_of_nothing_has_a_gradient() -> None:
@@ -66,6 +92,33 @@ def test_attention_maps_and_transfer_equal_their_definitions() -> None:
     np.testing.assert_allclose(np.exp(logs[0]), masked(a, ALLOWED), rtol=1e-5, atol=1e-7)
     divergence = (WEIGHTS * kl_by_hand(masked(b, ALLOWED), masked(a, ALLOWED)).mean(1)).sum()
     np.testing.assert_allclose(attention_transfer(logs[0], logs[1], jnp.asarray(WEIGHTS)), divergence, rtol=1e-5)
+
+
+def test_attention_that_differs_little_differs_by_half_the_variance_of_its_logits() -> None:
+    """KL(softmax(b) || softmax(b + e d)) -> e^2 / 2 Var(d), the variance under softmax(b)."""
+    b, d = (RNG.normal(size=(B, N, S, S)).astype(np.float32) for _ in range(2))
+    p = masked(b, ALLOWED)
+    variance = (p * d**2).sum(-1) - (p * d).sum(-1) ** 2
+    expected = 0.5 * (WEIGHTS * variance.mean(1)).sum()
+
+    def transfer(e: float) -> float:
+        logs = [masked_log_softmax(jnp.asarray(x), jnp.asarray(ALLOWED)) for x in (b + np.float32(e) * d, b)]
+        return float(attention_transfer(*logs, weights=jnp.asarray(WEIGHTS))) / e**2
+
+    # Float32: a smaller e leaves no digits of a KL of e^2.
+    np.testing.assert_allclose(transfer(0.03), expected, rtol=0.05)
+    assert abs(transfer(0.3) - expected) > 3 * abs(transfer(0.03) - expected)
+
+
+def test_what_all_keys_of_a_query_have_in_common_is_seen_by_maps_alone() -> None:
+    b = RNG.normal(size=(B, N, S, S)).astype(np.float32)
+    shift = RNG.normal(size=(B, N, S, 1)).astype(np.float32)
+    args = jnp.asarray(ALLOWED), jnp.asarray(WEIGHTS)
+    seen = ALLOWED.sum(-1, keepdims=True) > 0
+    expected = (WEIGHTS * (np.where(seen, shift, 0.0)[..., 0] ** 2).mean(1)).sum()
+    np.testing.assert_allclose(map_error(jnp.asarray(b + shift), jnp.asarray(b), *args), expected, rtol=1e-4)
+    logs = [masked_log_softmax(jnp.asarray(x), args[0]) for x in (b + shift, b)]
+    np.testing.assert_allclose(attention_transfer(*logs, weights=args[1]), 0.0, atol=1e-5)
 
 
 def test_relations_equal_their_definition_and_do_not_know_rotations_of_a_head() -> None:
