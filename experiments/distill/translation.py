@@ -3,10 +3,11 @@
 Claim    Half as deep and trained on what its teacher writes, a BART scores higher in BLEU than the same BART trained on
          the targets that people wrote, at equal steps (Kim and Rush 2016, 1606.07947).
 Command  llmlab train experiments/finetune/translation_bart.py --out runs/translation-teacher
-         llmlab ablate experiments/distill/translation.py
-         both where multi30k/ is a folder with {train,val,test}.{de,en}.gz
-Cost     the teacher's training as its file says, 8 minutes for its translations of 29,000 sentences (once), 2 arms x 3
-         seeds x 5 minutes on 2 CPU cores (to be measured)
+         llmlab distill experiments/distill/translation.py         one pair of runs, and what each model costs
+         llmlab ablate experiments/distill/translation.py          pairs of seeds, BLEU and a verdict
+         all where multi30k/ is a folder with {train,val,test}.{de,en}.gz
+Cost     the teacher's training as its file says, its translations of 29,000 sentences once, 2 arms x 3 seeds of 3
+         minutes on 2 CPU cores (to be measured)
 Result   not yet measured
 
 The data are Multi30k's pairs of sentences (Elliott et al. 2016, 1605.00459); BLEU is sacrebleu's of greedy translations
@@ -14,26 +15,26 @@ of the first 500 sentences of the 2016 test set against those of people, in both
 """
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from llmlab.data import Pairs
 from llmlab.data.pairs import aligned
-from llmlab.distill import Greedy, TeacherTexts
+from llmlab.distill import Beam, TeacherTexts
 from llmlab.experiment import Experiment
 from llmlab.infer.greedy import greedy
 from llmlab.models.bart import bart
 from llmlab.objectives import SequenceToSequence
 from llmlab.optim import Cosine, Muon
 from llmlab.runs import Run
-from llmlab.study.ablation import Ablation, Variant
+from llmlab.study.ablation import Ablation
 from llmlab.tokenizers import Opened
 from llmlab.training.config import Train
 
-TEACHER, TEST, SENTENCES = "runs/translation-teacher", "multi30k/test", 500
+FOLDER, TEACHER, SENTENCES = "multi30k", "runs/translation-teacher", 500
 
 
-def config() -> Experiment:
+def config(folder: str = FOLDER, teacher: str = TEACHER) -> Experiment:
     """The student of the teacher's translations."""
     return Experiment(
         model=bart(
@@ -46,16 +47,16 @@ def config() -> Experiment:
             decoder_start_id=2,
             pad_id=3,
         ),
-        tokenizer=Opened(path=TEACHER),
+        tokenizer=Opened(path=teacher),
         data=TeacherTexts(
-            source="multi30k/train.de.gz",
-            target="multi30k/train.en.gz",
-            validation_source="multi30k/val.de.gz",
-            validation_target="multi30k/val.en.gz",
+            source=f"{folder}/train.de.gz",
+            target=f"{folder}/train.en.gz",
+            validation_source=f"{folder}/val.de.gz",
+            validation_target=f"{folder}/val.en.gz",
             start="eos",
             bos=True,
-            teacher=TEACHER,
-            decoding=Greedy(),
+            teacher=teacher,
+            decoding=Beam(num_beams=4),
             written_length=32,
         ),
         objective=SequenceToSequence(label_smoothing=0.1),
@@ -64,19 +65,14 @@ def config() -> Experiment:
     )
 
 
-def from_people(experiment: Experiment) -> Experiment:
-    """The same with the files' own targets."""
-    data = experiment.data
-    return replace(experiment, data=Pairs(**{field.name: getattr(data, field.name) for field in fields(Pairs)}))
-
-
 def bleu(run: Run) -> Mapping[str, float]:
     """BLEU of greedy translations of the test set."""
     import sacrebleu
 
     data: Any = run.experiment.data
     model: Any = run.model
-    pairs = aligned((f"{TEST}.de.gz",), (f"{TEST}.en.gz",))[:SENTENCES]
+    files = [str(Path(data.validation_source[0]).with_name(f"test.{side}.gz")) for side in ("de", "en")]
+    pairs = aligned(*((file,) for file in files))[:SENTENCES]
     length = run.experiment.train.sequence_length or 32
     sources = [data.framed(run.tokenizer, run.tokenizer.encode(data.texts(pair)[0]), length) for pair in pairs]
     targets = greedy(
@@ -86,12 +82,14 @@ def bleu(run: Run) -> Mapping[str, float]:
     return {"bleu": sacrebleu.BLEU().corpus_score(translations, [[reference for _, reference in pairs]]).score}
 
 
-def ablation() -> Ablation:
+def ablation(folder: str = FOLDER, teacher: str = TEACHER) -> Ablation:
     """The teacher's targets against people's."""
+    written = config(folder, teacher)
+    data: Any = written.data
     return Ablation(
         hypothesis="a student of its teacher's translations scores higher than one of people's",
-        baseline=from_people(config()),
-        variants={"teacher's targets": Variant(lambda e: replace(e, data=config().data), changes=("data", "data.*"))},
+        baseline=replace(written, data=data.plain),
+        variants={"teacher's targets": lambda e: replace(e, data=data)},
         measure=bleu,
         metric="measure/bleu",
         direction="higher",
