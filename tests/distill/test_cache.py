@@ -20,7 +20,7 @@ from llmlab.distill import cache as caches
 from llmlab.distill.cache import Cache, CacheError, DiskFull, Key, Layout, row_checks
 from llmlab.distill.writing import write_cache
 from llmlab.nn.module import split
-from llmlab.objectives import NextToken
+from llmlab.objectives import Classification, NextToken
 from tests.distill.conftest import TEACHER
 
 VOCABULARY = 384
@@ -109,9 +109,14 @@ def test_a_cache_of_something_else_is_refused(
         llmlab.train(changed, tmp_path / "data")
 
 
-def test_what_a_cache_cannot_hold_is_refused_when_it_is_written_down(teacher: str) -> None:
+def test_what_a_cache_cannot_hold_is_refused_before_any_work(teacher: str, experiment_of: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="terms over layers and on_policy need the teacher itself"):
         Distill(teacher=teacher, terms=(Predictions(), States()), cache="x")
+    with pytest.raises(ValueError, match="distributions over tokens, and base=Classification"):
+        Distill(teacher=teacher, base=Classification(), cache="x")
+    with pytest.raises(ValueError, match="need the teacher itself"):
+        write_cache(experiment_of(Distill(teacher=teacher, terms=(Predictions(), States()))), tmp_path / "c")
+    assert not (tmp_path / "c").exists()
 
 
 KEY = Key(teacher="t", data="d", tokenizer="k", sequence_length=4, seed=0, temperature=1.0)

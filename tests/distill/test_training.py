@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -232,7 +233,7 @@ def test_progressive_training_changes_one_layer_at_a_time(teacher: str, program_
 
 
 def test_a_run_with_projections_is_a_model_without_them_and_resumes_to_the_same_bits(
-    teacher: str, experiment_of: Callable[..., Any], tmp_path: Path
+    teacher: str, experiment_of: Callable[..., Any], program_of: Any, tmp_path: Path
 ) -> None:
     objective = Distill(teacher=teacher, terms=(Predictions(), States(layers=Explicit(of=((0, 0),)))))
     run = llmlab.train(experiment_of(objective, steps=3), tmp_path / "whole")
@@ -249,6 +250,9 @@ def test_a_run_with_projections_is_a_model_without_them_and_resumes_to_the_same_
     sizes = [sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(item.tree)) for item in stored]
     assert sizes[0] == STUDENT.with_vocabulary(384).num_parameters() + 8 * 16
     assert sizes[1] < 10
+    # What it brought along does not go on to its own students.
+    taught = program_of(Distill(teacher=str(tmp_path / "whole")), mesh=Mesh(fsdp=8)).frozen
+    jax.tree.map(np.testing.assert_array_equal, taught, split(run.model)[1])
     # Two steps, and then a third.
     first = experiment_of(objective, steps=2)
     llmlab.train(first, tmp_path / "parts")
@@ -256,14 +260,16 @@ def test_a_run_with_projections_is_a_model_without_them_and_resumes_to_the_same_
     jax.tree.map(np.testing.assert_array_equal, split(again.model)[1], split(run.model)[1])
 
 
-def test_a_teacher_of_another_width_depth_and_precision_is_read_as_it_is_laid_out(
+def test_a_teacher_of_another_width_depth_head_count_and_precision_is_read_as_it_is_laid_out(
     teacher: str, program_of: Any, tmp_path: Path
 ) -> None:
     """A Hugging Face directory and a run give the same arrays, split over devices, in the run's precision."""
+    (block,) = STUDENT.pattern
+    student = replace(STUDENT, pattern=(replace(block, mixer=replace(block.mixer, num_heads=4, num_kv_heads=1)),))
     llmlab.save_hf(llmlab.load(teacher), tmp_path / "hf")
     trees = []
     for path in (teacher, str(tmp_path / "hf")):
-        program = program_of(Distill(teacher=path), mesh=Mesh(fsdp=8), precision="bfloat16")
+        program = program_of(Distill(teacher=path), student, mesh=Mesh(fsdp=8), precision="bfloat16")
         assert {leaf.dtype for leaf in jax.tree.leaves(program.frozen)} == {jnp.dtype(jnp.bfloat16)}
         assert any(len(leaf.sharding.device_set) == 8 and not leaf.sharding.is_fully_replicated
                    for leaf in jax.tree.leaves(program.frozen))  # fmt: skip
