@@ -2,10 +2,11 @@
 
     prefill   the tokens that are given, `CHUNK` positions at a time: however long the prompt, no program is longer
     first     the first new token, from the last hidden state of every row
-    decode    a `lax.while_loop` of steps, each: the last token in, scores, the next token out; it ends when its steps
-              are done or no row is left
+    decode    a loop of steps, each: the last token in, scores, the next token out; it ends when its steps are done or,
+              but on GPUs, no row is left
 
-Python only sees a token after the loop has given it back, a handful of steps at a time.
+Python only sees a token after the loop has given it back, a handful of steps at a time, and by then the next handful is
+under way (`one_ahead`).
 
 Shapes are static and few: the number of rows is a power of two, prompts are right-padded to a power of two (or to full
 chunks and a power of two), caches have room for one of four lengths from each power of two to the next. So a program is
@@ -17,9 +18,9 @@ at. Rows that fill up a batch have ended from the beginning.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -29,11 +30,14 @@ from jaxtyping import Array, Bool, Float, Int
 from llmlab.infer.sampling import Choice, Counts, Logprobs, Needs, SamplingRows, choose, logprobs_of
 from llmlab.infer.steps import State, Steps
 from llmlab.nn.module import Params
+from llmlab.nn.platform import platform
 
 CHUNK = 512
 """Positions of a prompt in one program."""
 _SMALLEST_BUCKET = 64
 _NO_ID = -1
+
+Result = TypeVar("Result")
 
 
 def bucket(length: int, limit: int | None, smallest: int = _SMALLEST_BUCKET) -> int:
@@ -59,6 +63,16 @@ def chunks(length: int, limit: int | None) -> tuple[int, ...]:
     if rest:
         sizes.append(bucket(rest, CHUNK if limit is None else min(CHUNK, limit - whole * CHUNK)))
     return tuple(sizes)
+
+
+def one_ahead(calls: Iterable[Result]) -> Iterator[Result]:
+    """The same, but always with the next one begun: a device works on it while the last result is looked at."""
+    calls = iter(calls)
+    current = next(calls, None)
+    while current is not None:
+        following = next(calls, None)
+        yield current
+        current = following
 
 
 @dataclass(frozen=True)
@@ -148,16 +162,17 @@ class Batch:
         )
         return choice
 
-    def more(self, num_steps: int, done: np.ndarray, allowed: np.ndarray | None = None) -> tuple[Choice, int]:
-        """Up to `num_steps` further tokens of every row, and how many there are: less where all rows ended.
+    def more(self, num_steps: int, done: np.ndarray, allowed: np.ndarray | None = None) -> tuple[Choice, jax.Array]:
+        """Up to `num_steps` further tokens of every row, and how many there are: less where all rows have ended.
 
         `done` are rows that ended for reasons of the caller's. Of a row that has ended, further tokens mean nothing.
+        Both are on the device and may not be computed yet: see `one_ahead`.
         """
         assert self._carry is not None
         choices, count, self._carry = _decode(
             self.program, num_steps, self.params, self._carry, self.rows, self._stop(), done, allowed
         )
-        return choices, int(count)
+        return choices, count
 
     def _stop(self) -> np.ndarray:
         stop_E = np.full(max(4, 1 << max(0, len(self.stop_ids) - 1).bit_length()), _NO_ID, np.int32)
@@ -286,6 +301,15 @@ def _decode(
         choice, carry = step(carry)
         written = jax.tree.map(lambda all_N, one: all_N.at[count].set(one), written, choice)
         return count + 1, written, carry
+
+    if platform() == "gpu":  # before every step of another loop the host would wait to hear whether to go on
+
+        def one_more(carry: Carry, _: None) -> tuple[Carry, Choice]:
+            choice, carry = step(carry)
+            return carry, choice
+
+        carry, written = jax.lax.scan(one_more, carry, length=num_steps)
+        return written, jnp.int32(num_steps), carry
 
     one = jax.eval_shape(step, carry)[0]
     written = jax.tree.map(lambda leaf: jnp.zeros((num_steps, *leaf.shape), leaf.dtype), one)

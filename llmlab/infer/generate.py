@@ -29,18 +29,17 @@ from llmlab.infer.completion import Completion as Completion
 from llmlab.infer.completion import Limits, Row, TokenLogprob, push_all, token_logprob
 from llmlab.infer.completion import TextStream as TextStream
 from llmlab.infer.constraints import Constraint, matcher
-from llmlab.infer.decoding import Batch, Program, Shape, bucket
+from llmlab.infer.decoding import Batch, Program, Shape, bucket, one_ahead
 from llmlab.infer.prompts import Given, Prompt, listed, read_prompts, stacked
-from llmlab.infer.sampling import GREEDY, Logprobs, Needs, Sampling, SamplingRows, check_vocabulary
+from llmlab.infer.sampling import GREEDY, Choice, Logprobs, Needs, Sampling, SamplingRows, check_vocabulary
 from llmlab.infer.steps import Steps, prepare
 from llmlab.infer.stopping import GrowingText, check_stop
 from llmlab.nn.module import Params
 from llmlab.tokenizers import Tokenizer
 
-# Tokens per device call: dispatch costs about 0.1 ms, a streamed burst of 8 still looks continuous, and a stop string
-# wastes 7 steps at most.
-_STEPS_SHOWN = 8
-_STEPS_UNSEEN = 32
+# Tokens per device call. A streamed burst of 8 still looks continuous, and a row that ends by what the device does not
+# know (a stop string) wastes at most two bursts.
+_STEPS = 8
 # Rows of every program in deterministic mode.
 _DETERMINISTIC_ROWS = 8
 
@@ -226,14 +225,11 @@ class _Call:
     def run(self, group: _Group) -> Iterator[Completion]:
         """Decodes the rows of a group."""
         rows, batch = [self._row(job) for job in group.jobs], self._batch(group)
-        constrained = any(row.matcher for row in rows)
-        burst = 1 if constrained else _STEPS_SHOWN if self.stream or self.stop else _STEPS_UNSEEN
         push_all(rows, jax.device_get(batch.first(self._allowed(rows, group))))
-        while not all(row.reason for row in rows):
-            done_B = np.ones(group.num_rows, bool)
-            done_B[: len(rows)] = [bool(row.reason) for row in rows]
-            choices, count = batch.more(burst, done_B, self._allowed(rows, group))
-            choices = jax.device_get(choices)
+        constrained = any(row.matcher for row in rows)  # must see every token before the next
+        bursts = self._bursts(batch, rows, group, 1 if constrained else _STEPS)
+        for choices, count in bursts if constrained else one_ahead(bursts):
+            choices, count = jax.device_get((choices, count))
             for step in range(count):
                 push_all(rows, jax.tree.map(lambda leaf, at=step: leaf[at], choices))
         numbers = {job.prompt: number for number, job in enumerate(_prompts(group.jobs))}
@@ -248,6 +244,17 @@ class _Call:
                 logprobs=None if row.logprobs is None else tuple(row.logprobs),
                 prompt_logprobs=_of_prompt(batch.given, numbers[job.prompt], job) if self.prompt_logprobs else None,
             )
+
+    def _bursts(
+        self, batch: Batch, rows: Sequence[Row], group: _Group, steps: int
+    ) -> Iterator[tuple[Choice, jax.Array]]:
+        """Further tokens, as many as may be written, until all rows have ended."""
+        for _ in range(0, self.max_new_tokens - 1, steps):
+            if all(row.reason for row in rows):
+                return
+            done_B = np.ones(group.num_rows, bool)
+            done_B[: len(rows)] = [bool(row.reason) for row in rows]
+            yield batch.more(steps, done_B, self._allowed(rows, group))
 
     def _row(self, job: _Job) -> Row:
         limit = self.steps.max_length
@@ -381,12 +388,10 @@ def generate_ids(
     last_B = np.asarray(batch.first().token_B)[:rows]
     yield last_B
     going_B, remaining = np.zeros(num_rows, bool), max_new_tokens - 1
-    while remaining > 0:
-        choices, count = batch.more(_STEPS_SHOWN, going_B)
-        for token_B in np.asarray(choices.token_B)[:count, :rows]:
-            last_B = token_B
+    for choices, count in one_ahead(batch.more(_STEPS, going_B) for _ in range(0, remaining, _STEPS)):
+        for token_B in np.asarray(choices.token_B)[: min(int(count), remaining), :rows]:
+            last_B, remaining = token_B, remaining - 1
             yield last_B
-        remaining -= count
-        if count < _STEPS_SHOWN:  # the positions of all rows have ended
-            yield from [last_B] * remaining
-            return
+        if count < _STEPS:  # the positions of all rows have ended
+            break
+    yield from [last_B] * remaining

@@ -1,13 +1,19 @@
-"""Matrices that are given the same input, joined into one.
+"""Layers put together for decoding on accelerators.
 
-    query, key, value    three matmuls of one input    (D, N H), (D, K H), (D, K H)  ->  (D, (N + 2 K) H)
-    gate, up             two                           (D, F), (D, F)                ->  (D, 2 F)
+A step that decodes one token a row does little but read weights, so what counts is that they are read as they lie, and
+how many kernels are launched beside. On this occasion (see `llmlab.infer.unstacked`)
 
-The result is the same; a token's step launches two kernels a layer where it launched five, and the small matrices of
-few key/value heads, which on their own are too little work for an accelerator, are read with the large one. On CPU the
-matmuls run side by side, on a core each, and joining them takes that away.
+    matrices of one input   become one matrix: query, key, value; gate, up. Two launches a layer instead of five, and
+                            the small matrices of few key/value heads are read with the large one
+    every matrix            is laid out with the inputs of an output side by side, (outputs, inputs): each output is a
+                            sum along memory. Of (heads, head_dim, embed) XLA makes a product in memory and its sum
+    on GPUs                 attention over the cache and RMSNorm are one kernel each (`llmlab.nn.kernels.decoding`)
+
+The result is the same but for the order of sums. On CPU matmuls run side by side, on a core each, and read their
+matrices either way as fast: nothing of this is done.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -16,10 +22,14 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from llmlab.nn.attention import AttentionLayer
-from llmlab.nn.config import Auxiliary, Context
-from llmlab.nn.dense import Dense, contract
+from llmlab.nn.cache import KVCache
+from llmlab.nn.config import Auxiliary, Cache, Context
+from llmlab.nn.dense import Dense
 from llmlab.nn.dropout import dropout
 from llmlab.nn.feed_forward import ACTIVATIONS, GatedMLPLayer
+from llmlab.nn.kernels.decoding import attend_one, attend_one_lacks, rms_norm
+from llmlab.nn.masks import Causal
+from llmlab.nn.norms import RMSNormLayer
 
 
 class JoinedDense(nnx.Module):
@@ -29,29 +39,58 @@ class JoinedDense(nnx.Module):
         layers: all contract as many dimensions, and their outputs differ in the first dimension only.
     """
 
-    def __init__(self, layers: tuple[Dense, ...]) -> None:
-        self.num_inputs = axis = layers[0].num_inputs
-        sizes = [layer.kernel.shape[axis] for layer in layers]
-        self.cuts = tuple(sum(sizes[: i + 1]) for i in range(len(sizes) - 1))
-        self.kernel = nnx.Param(jnp.concatenate([layer.kernel[...] for layer in layers], axis=axis))
-        biases = [layer.bias[...] for layer in layers if layer.bias is not None]
+    def __init__(self, *layers: Dense) -> None:
+        self.num_inputs = layers[0].num_inputs
+        self.outputs = tuple(layer.kernel.shape[self.num_inputs :] for layer in layers)
+        rows = [_rows(layer.kernel[...], math.prod(shape)) for layer, shape in zip(layers, self.outputs, strict=True)]
+        self.kernel = nnx.Param(jnp.concatenate(rows))
+        biases = [layer.bias[...].reshape(-1) for layer in layers if layer.bias is not None]
         self.bias = nnx.Param(jnp.concatenate(biases)) if biases else None
 
     def __call__(self, x: Float[Array, "..."]) -> list[Float[Array, "..."]]:
-        y = contract(x, self.kernel[...], self.num_inputs)
-        y = y if self.bias is None else y + self.bias[...]
-        return jnp.split(y, self.cuts, axis=x.ndim - self.num_inputs)
+        batch = x.shape[: x.ndim - self.num_inputs]
+        x_BD = x.reshape(math.prod(batch), -1)
+        y_BF = jax.lax.dot_general(x_BD, self.kernel[...], (((1,), (1,)), ((), ())))
+        y_BF = y_BF if self.bias is None else y_BF + self.bias[...]
+        ends = [sum(math.prod(shape) for shape in self.outputs[: i + 1]) for i in range(len(self.outputs) - 1)]
+        parts = jnp.split(y_BF, ends, axis=1)
+        return [part.reshape(*batch, *shape) for part, shape in zip(parts, self.outputs, strict=True)]
 
 
 class JoinedAttention(AttentionLayer):
-    """A self-attention layer whose queries, keys and values come of one matmul."""
+    """A self-attention layer whose queries, keys and values come of one matmul.
 
-    def __init__(self, layer: AttentionLayer) -> None:
-        self.config, self.scale = layer.config, layer.scale
-        self.joined = JoinedDense((layer.query, layer.key, layer.value))
-        self.output = layer.output
+    Args:
+        layer: what it is made of.
+        one_kernel: whether a step's attention over its cache is one kernel, where that can compute it.
+    """
+
+    def __init__(self, layer: AttentionLayer, one_kernel: bool) -> None:
+        self.config, self.scale, self.one_kernel = layer.config, layer.scale, one_kernel
+        self.joined, self.last = JoinedDense(layer.query, layer.key, layer.value), JoinedDense(layer.output)
         self.norm_query, self.norm_key = layer.norm_query, layer.norm_key
         self.rotation, self.relative = layer.rotation, layer.relative
+
+    def __call__(
+        self,
+        x_BSD: Float[Array, "B S D"],
+        context: Context,
+        key: jax.Array | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Float[Array, "B S D"], Cache | None]:
+        if not (isinstance(cache, KVCache) and self._in_one_kernel(x_BSD, context)):
+            return super().__call__(x_BSD, context, key, cache)
+        q_B1NH, k_B1KH, v_B1KH = self.placed(x_BSD, context)
+        cache, _, _ = cache.update(k_B1KH, v_B1KH, context.position_ids)
+        o_B1NH = attend_one(
+            q_B1NH,
+            (cache.key.data_BKTH, cache.key.scale_BKT),
+            (cache.value.data_BKTH, cache.value.scale_BKT),
+            context.position_ids[:, 0],
+            scale=self.scale,
+            softcap=self.config.softcap,
+        )
+        return self.output(o_B1NH), cache
 
     def project(
         self, x_BSD: Float[Array, "B S D"], source_BTM: Float[Array, "B T M"]
@@ -61,32 +100,64 @@ class JoinedAttention(AttentionLayer):
         q_BSNH = q_BSNH if self.norm_query is None else self.norm_query(q_BSNH)
         return q_BSNH, k_BTKH if self.norm_key is None else self.norm_key(k_BTKH), v_BTKH
 
+    def output(self, o_BSNH: Float[Array, "B S N H"]) -> Float[Array, "B S D"]:
+        """Back to the residual stream."""
+        return self.last(o_BSNH)[0]
+
+    def _in_one_kernel(self, x_BSD: jax.Array, context: Context) -> bool:
+        mask, bias = self.restrictions(context)
+        plain = bias is None and all(isinstance(term, Causal) for term in mask.terms)
+        head_dim = self.config.resolved_head_dim(x_BSD.shape[2])
+        return self.one_kernel and plain and x_BSD.shape[1] == 1 and attend_one_lacks(head_dim) is None
+
 
 class JoinedGatedMLP(nnx.Module):
     """A gated MLP whose gate and hidden layer come of one matmul."""
 
     def __init__(self, layer: GatedMLPLayer) -> None:
         self.activation, self.dropout = layer.activation, layer.dropout
-        self.joined, self.down = JoinedDense((layer.gate, layer.up)), layer.down
+        self.joined, self.down = JoinedDense(layer.gate, layer.up), JoinedDense(layer.down)
 
     def __call__(
         self, x_BSD: Float[Array, "B S D"], context: Context | None = None, key: jax.Array | None = None
     ) -> tuple[Float[Array, "B S D"], Auxiliary]:
         gate_BSF, up_BSF = self.joined(x_BSD)
-        return self.down(dropout(ACTIVATIONS[self.activation](gate_BSF) * up_BSF, self.dropout, key)), {}
+        hidden_BSF = dropout(ACTIVATIONS[self.activation](gate_BSF) * up_BSF, self.dropout, key)
+        return self.down(hidden_BSF)[0], {}
 
 
-def join(model: Any) -> None:
-    """Put joined layers in the place of a model's attention and gated MLPs. Others, and kinds of these that have a
-    computation of their own, stay as they are."""
+class OneKernelRMSNorm(nnx.Module):
+    """RMSNorm as one kernel."""
+
+    def __init__(self, layer: RMSNormLayer) -> None:
+        self.epsilon, self.offset, self.scale = layer.epsilon, layer.offset, layer.scale
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        return rms_norm(x, self.scale[...], self.epsilon, self.offset)
+
+
+def join(model: Any, *, one_kernel: bool) -> None:
+    """Put joined layers in the place of a model's attention and gated MLPs, and with `one_kernel` (on a GPU) of its
+    RMSNorms. Others, and kinds of these that have a computation of their own, stay as they are."""
     for module in [module for _, module in nnx.iter_modules(model)]:
         for name, child in list(vars(module).items()):
-            if type(child) is AttentionLayer and _alike(child.query, child.key, child.value):
-                setattr(module, name, JoinedAttention(child))
-            elif type(child) is GatedMLPLayer and _alike(child.gate, child.up):
+            if type(child) is AttentionLayer and _alike(child.query, child.key, child.value) and _plain(child.output):
+                setattr(module, name, JoinedAttention(child, one_kernel))
+            elif type(child) is GatedMLPLayer and _alike(child.gate, child.up) and _plain(child.down):
                 setattr(module, name, JoinedGatedMLP(child))
+            elif type(child) is RMSNormLayer and one_kernel:
+                setattr(module, name, OneKernelRMSNorm(child))
 
 
 def _alike(*layers: Any) -> bool:
     """Whether layers can be joined: plain ones, all with a bias or none."""
-    return all(type(layer) is Dense for layer in layers) and len({layer.bias is None for layer in layers}) == 1
+    return all(_plain(layer) for layer in layers) and len({layer.bias is None for layer in layers}) == 1
+
+
+def _plain(layer: Any) -> bool:
+    return type(layer) is Dense
+
+
+def _rows(kernel: Float[Array, "..."], num_outputs: int) -> Float[Array, "F D"]:
+    """The weights of each output as a row."""
+    return kernel.reshape(-1, num_outputs).T

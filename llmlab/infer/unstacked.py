@@ -6,7 +6,7 @@ step that should read every weight once, and does little else, would read it twi
 the loop, once for a model, weights are read where they lie. With 17 million float32 parameters on 2 CPU cores that made
 a step of one row 2.6 times as fast.
 
-On accelerators, matrices that are given the same input are joined on this occasion (see `llmlab.infer.joined`).
+On accelerators, matrices are joined and laid out anew on this occasion (see `llmlab.infer.joined`).
 
 The price is a second copy of the stacked weights for as long as the model lives. A model of which a second copy would
 take more than half of the memory that its device has left keeps its stacks, and so does one whose weights are spread
@@ -22,6 +22,7 @@ from flax import nnx
 from jax.core import Tracer
 
 from llmlab.infer.joined import join
+from llmlab.nn.kernels.decoding import lacks
 from llmlab.nn.module import Params, merge, split, unstack_axes
 from llmlab.nn.platform import platform
 from llmlab.nn.stack import Stack
@@ -86,7 +87,7 @@ def _taken_apart(model: Any) -> Any:
         layers = [_alone(layer) for layer in stack.repeats.layers(params)]
         stack.blocks, stack.remainder = nnx.List([]), nnx.List([*layers, *stack.remainder])
     if platform() != "cpu":
-        join(model)
+        join(model, one_kernel=platform() == "gpu" and lacks() is None)
     return model
 
 

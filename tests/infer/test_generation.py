@@ -123,15 +123,27 @@ def test_the_loop_on_the_device_ends_with_the_last_row(monkeypatch):
 
     def counted(self: Batch, *arguments: Any) -> Any:
         choice, count = more(self, *arguments)
-        steps.append(count)
+        steps.append(int(count))
         return choice, count
 
     monkeypatch.setattr(Batch, "more", counted)
     short, long = Sampling(forced_ids=(65, EOS)), Sampling(forced_ids=(65, 66, 67, 68, EOS))
     completions = generate(MODEL, TOKENIZER, ["a", "b", "c"], sampling=[short, long, short], max_new_tokens=100)
-    assert steps == [4]
+    assert steps == [4, 0]  # the second call begins before the first is looked at
     assert [c.text for c in completions] == ["A", "ABCD", "A"]
     assert {(c.finish_reason, c.stop) for c in completions} == {("stop", EOS)}
+
+
+def test_the_loop_of_gpus_whose_length_is_fixed_writes_the_same(monkeypatch):
+    keywords: dict[str, Any] = {"sampling": SAMPLINGS[:3], "max_new_tokens": 12, "stop_ids": tuple(range(60, 90))}
+    want = generate(MODEL, TOKENIZER, PROMPTS[:3], **keywords)
+    monkeypatch.setattr(decoding, "platform", lambda: "gpu")
+    plain = vars(decoding._decode)["__wrapped__"]
+    compiled_anew: Any = jax.jit(lambda *arguments: plain(*arguments), static_argnums=(0, 1), donate_argnums=3)
+    monkeypatch.setattr(decoding, "_decode", compiled_anew)
+    assert generate(MODEL, TOKENIZER, PROMPTS[:3], **keywords) == want
+    assert compiled_anew._cache_size() == 1
+    assert len({len(completion.token_ids) for completion in want}) > 1, "no row ends before another"
 
 
 def test_forced_tokens_and_other_ends():

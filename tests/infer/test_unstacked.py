@@ -19,14 +19,14 @@ from llmlab.models import gemma, gpt2, llama, mixtral, palm, t5
 from llmlab.nn.module import merge, num_parameters, split
 from llmlab.nn.stack import Stack
 
-SIZES: dict[str, Any] = {"embed_dim": 16, "num_heads": 2, "vocab_size": 17}
+SIZES: dict[str, Any] = {"embed_dim": 32, "num_heads": 2, "vocab_size": 17}
 LLAMA = llama.llama(**SIZES, num_layers=2, hidden_dim=24, num_kv_heads=1)
 LOCAL = dataclasses.replace(LLAMA.pattern[0], mixer=dataclasses.replace(LLAMA.pattern[0].mixer, window=3))
 DECODERS = {
     "llama": LLAMA,
     "two kinds of layers and a rest": dataclasses.replace(LLAMA, num_layers=3, pattern=(LOCAL, LLAMA.pattern[0])),
     "gpt2": gpt2.gpt2(**SIZES, num_layers=2, max_length=16),
-    "gemma": gemma.gemma(**SIZES, num_layers=2, hidden_dim=24, head_dim=8),
+    "gemma": gemma.gemma(**SIZES, num_layers=2, hidden_dim=24, head_dim=16),
     "palm": palm.palm(**SIZES, num_layers=2),
     "mixtral": mixtral.mixtral(**SIZES, num_layers=2, hidden_dim=24, num_experts=2),
 }
@@ -41,7 +41,7 @@ def stacks(model: nnx.Module) -> list[Stack]:
     ("name", "platform"), [(name, "gpu" if name in ("llama", "gpt2", "gemma") else "cpu") for name in DECODERS]
 )
 def test_it_computes_what_the_model_does(name: str, platform: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU with matrices joined; the cached step of the joined layers is what is compared then."""
+    """On a GPU with matrices joined and kernels of its own; the cached step of those is what is compared then."""
     monkeypatch.setattr(unstacked_module, "platform", lambda: platform)
     model = DECODERS[name].build(nnx.Rngs(params=0))
     graphdef, params = unstacked(model)
@@ -82,7 +82,7 @@ def test_it_is_made_once_and_again_where_the_arrays_are_others() -> None:
     once, again = unstacked(model)[1], unstacked(model)[1]
     assert all(a is b for a, b in zip(jax.tree.leaves(once), jax.tree.leaves(again), strict=True))
     block: Any = model.stack.blocks[0]
-    block.ffn.up.kernel.set_value(jnp.ones((2, 16, 24)))
+    block.ffn.up.kernel.set_value(jnp.ones((2, 32, 24)))
     np.testing.assert_array_equal(unstacked(model)[1]["stack"]["remainder"]["1"]["ffn"]["up"]["kernel"], 1.0)
 
 
