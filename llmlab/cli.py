@@ -31,6 +31,9 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
             "fit scaling laws to a family of models; learning rates across widths",
         ),
     },
+    "Smaller models": {
+        "distill": ("llmlab.commands.distill", "train a student of a teacher, and say what the teacher was worth"),
+    },
     "Look at results": {
         "runs": ("llmlab.commands.runs", "list runs and their results in a table"),
         "plot": ("llmlab.commands.plot", "write the loss curves of runs to a PNG file"),

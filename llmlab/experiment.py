@@ -66,6 +66,7 @@ class Experiment:
             *self._schedule_problems(),
             *self._batch_problems(num_devices),
             *self._mesh_problems(num_devices),
+            *(f"objective: {text}" for text in self.objective.problems(self.model, self.tokenizer)),
         ]
         origin = self.initialize_from
         if origin is not None and buckets.address(origin) is None and not Path(origin).is_dir():
@@ -75,7 +76,7 @@ class Experiment:
 
     def _task_problems(self) -> list[str]:
         """Whether data, objective and model are for each other. What is not llmlab's own is trusted."""
-        special, objective, task = _known_special(self.tokenizer), self.objective, self.data.task
+        special, objective, task = _known_special(self.tokenizer), self.objective.plain, self.data.task
         problems = [f"data: {text}" for text in self.data.problems(special, self.train.sequence_length)]
         name, data = type(objective).__name__, type(self.data).__name__
         if objective.tasks and task in WAYS and task not in objective.tasks:
@@ -87,7 +88,12 @@ class Experiment:
             )
         known = self.model.objectives
         own = type(objective).__module__.startswith("llmlab.")
-        if known and own and not {kind.__name__ for kind in type(objective).__mro__} & {*known}:
+        if (
+            known
+            and own
+            and objective.asks_the_head
+            and not {kind.__name__ for kind in type(objective).__mro__} & {*known}
+        ):
             head = " with the head that it has" if "head" in {field.name for field in fields(self.model)} else ""
             problems.append(
                 f"objective={name} cannot train model={type(self.model).__name__}{head}; it is trained by "

@@ -364,12 +364,12 @@ def conclude(directory: RunDirectory, summary: dict[str, Any], phases: Phases) -
 def initial_weights(experiment: Experiment) -> "Weights | None":
     """What the model starts from; None for fresh ones."""
     path = experiment.initialize_from
-    return None if path is None else pretrained(path, experiment.model)
+    return experiment.objective.weights(experiment.model) if path is None else pretrained(path, experiment.model)
 
 
 def closing_sample(experiment: Experiment, model: Any, tokenizer: "Tokenizer") -> dict[str, Any]:
     """What a decoder writes at the end of its run, for the summary."""
-    writes = isinstance(experiment.model, Transformer) and isinstance(experiment.objective, NextToken | PrefixLM)
+    writes = isinstance(experiment.model, Transformer) and isinstance(experiment.objective.plain, NextToken | PrefixLM)
     return {"sample": _sample(model, tokenizer)} if writes else {}
 
 

@@ -27,7 +27,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "infer": {"nn", "models", "sharding", "tokenizers"},
     "adapt": {"nn", "models"},
     "compress": {"nn", "models"},
-    "distill": {"models", "objectives", "infer", "training"},
+    # data, tokenizers: rows come with what a teacher said of them; runs: a teacher is whatever `llmlab.load` opens
+    "distill": {"models", "objectives", "infer", "training", "nn", "sharding", "data", "tokenizers", "buckets", "runs"},
     "align": {"infer", "objectives", "training"},
     "evals": {"infer", "tokenizers"},
     "study": {"training", "evals", "config", "flags", "experiment", "runs", "objectives", "display", "nn"},

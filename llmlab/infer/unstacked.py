@@ -56,7 +56,8 @@ def unstacked(model: nnx.Module) -> tuple[nnx.GraphDef, Params]:
     copy = _copies.get(model)
     if copy is None or not copy.is_of(leaves):
         new_graphdef = split(nnx.eval_shape(lambda: _taken_apart(merge(graphdef, params))))[0]
-        new_params = jax.jit(lambda params: split(_taken_apart(merge(graphdef, params)))[1])(params)
+        with jax.ensure_compile_time_eval():  # a trace around this call ends, and the copy stays
+            new_params = jax.jit(lambda params: split(_taken_apart(merge(graphdef, params)))[1])(params)
         copy = _copies[model] = _Copy(new_graphdef, new_params, tuple(weakref.ref(leaf) for leaf in leaves))
     return copy.graphdef, copy.params
 

@@ -93,9 +93,7 @@ class BottleneckLayer(nnx.Module):
         ffns, norms = (*self.ffns, self.ffn), (*self.ffn_norms, self.ffn_norm)
         key_mixer, key_leave, *key_ffns = split_key(key, 2 + len(ffns))
         h_BSE = self.enter(x_BSD)
-        s_BSE = h_BSE if self.share is None else self.share(x_BSD)
-        q_BSNH, k_BTKH = self.mixer.query(s_BSE), self.mixer.key(s_BSE)
-        v_BTKH = self.mixer.value(h_BSE if self.share is None else x_BSD)
+        q_BSNH, k_BTKH, v_BTKH = self.placed(x_BSD, h_BSE)
         a_BSE = h_BSE + self.mixer.attend(q_BSNH, k_BTKH, v_BTKH, context.mask, key_mixer)
         a_BSE = _normed(self.mixer_norm, a_BSE)
         for ffn, norm, key_ffn in zip(ffns, norms, key_ffns, strict=True):
@@ -103,6 +101,16 @@ class BottleneckLayer(nnx.Module):
             a_BSE = _normed(norm, a_BSE + fed_BSE)
         y_BSD = _normed(self.leave_norm, x_BSD + dropout(self.leave(a_BSE), self.dropout, key_leave))
         return shard(y_BSD, "batch", "residual", "embed"), None, {}
+
+    def placed(
+        self, x_BSD: Float[Array, "B S D"], h_BSE: Float[Array, "B S E"] | None = None
+    ) -> tuple[Float[Array, "B S N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+        """Queries, keys and values of x; `h_BSE` is W_in's output where it is there already."""
+        if self.share is None:
+            source_BSE = self.enter(x_BSD) if h_BSE is None else h_BSE
+            return self.mixer.query(source_BSE), self.mixer.key(source_BSE), self.mixer.value(source_BSE)
+        s_BSE = self.share(x_BSD)
+        return self.mixer.query(s_BSE), self.mixer.key(s_BSE), self.mixer.value(x_BSD)
 
 
 class Narrowing(nnx.Module):

@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from llmlab.nn.capture import PREFIX, captured, captured_input
 from llmlab.nn.config import Auxiliary, Block, Context, LayerCache
 from llmlab.nn.dropout import check_rate
 from llmlab.nn.module import stack_axes
@@ -99,7 +100,9 @@ class Stack(nnx.Module):
         cache: Sequence[LayerCache] | None = None,
     ) -> tuple[Float[Array, "B S D"], tuple[LayerCache, ...] | None, Auxiliary]:
         """Output of the last layer; the caches with the new positions stored (one per layer, first to last); and what
-        the layers report, every array with a leading dimension of the layers that report it (in no order)."""
+        the layers report, every array with a leading dimension of the layers that report it (in no order, but what is
+        captured first to last)."""
+        of_input = captured_input(x_BSD)
         caches = list(cache) if cache is not None else None
         reports: list[Auxiliary] = []
         repeats, params = self.repeats, [nnx.split(block)[1] for block in self.blocks]
@@ -120,7 +123,17 @@ class Stack(nnx.Module):
             reports.append(_one(report))
             if caches is not None:
                 caches[index] = after
-        return x_BSD, None if caches is None else tuple(caches), _joined(reports)
+        return x_BSD, None if caches is None else tuple(caches), of_input | self._ordered(_joined(reports), caches)
+
+    def _ordered(self, reports: Auxiliary, caches: Any) -> Auxiliary:
+        """What was captured, first layer to last; without caches, all repeats of a block of the pattern come first."""
+        repeats, blocks = self.repeats.num, len(self.blocks)
+        if caches is not None or blocks <= 1:
+            return reports
+        order = [i * repeats + r for r in range(repeats) for i in range(blocks)]
+        order += range(repeats * blocks, self.num_layers)
+        index = jnp.asarray(order)
+        return {name: x[index] if name.startswith(PREFIX) else x for name, x in reports.items()}
 
     @property
     def repeats(self) -> "Repeats":
@@ -207,6 +220,7 @@ class Repeats:
         if key is not None and self.execution.layer_drop > 0.0:
             drop = jax.random.bernoulli(jax.random.fold_in(key, LAYER_DROP_KEY), self.execution.layer_drop)
             y_BSD = jnp.where(drop, x_BSD, y_BSD)
+        auxiliary = auxiliary | captured(layer, x_BSD, y_BSD, context)
         return shard(y_BSD, "batch", "residual", "embed"), cache, auxiliary
 
     def _remat(self, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,6 +12,8 @@ from typing import Any, ClassVar
 import jax
 from jaxtyping import Array, Float
 
+from llmlab.objectives.companion import Companion
+
 Batch = dict[str, jax.Array]
 """Named arrays whose first dimension is the batch: input_ids, labels, segment_ids, pixel_values, ..."""
 
@@ -57,9 +59,56 @@ class Objective(abc.ABC):
     perplexity: ClassVar[bool] = False
     """Whether the loss is a cross-entropy over the vocabulary, whose exponential is called perplexity."""
 
+    @property
+    def plain(self) -> "Objective":
+        """What the data and the model's head are for: itself, or the objective that it adds to."""
+        return self
+
+    @property
+    def asks_the_head(self) -> bool:
+        """Whether the model's head must be one that answers it."""
+        return True
+
+    def problems(self, model: Any, tokenizer: Any) -> list[str]:
+        """Why it cannot train this model config with this tokenizer config; empty where nothing is wrong."""
+        return []
+
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        """Raises a ValueError for a tokenizer, now built, that it cannot be used with."""
+        return
+
+    def companion(self, model: Any) -> Companion | None:
+        """What it brings along to train this model config, its vocabulary settled; None for most."""
+        return None
+
+    def weights(self, model: Any) -> Any:
+        """What a model of this config starts from, a function of its parameters' shapes; None for fresh values."""
+        return None
+
+    def dataset(self, dataset: Any, **made_with: Any) -> Any:
+        """The data set with what it needs besides (what a teacher said of each row); the same for most.
+
+        Args:
+            dataset: as the data gives it.
+            made_with: `steps`, `seed` and `sequence_length` of the run, and its `tokenizer`.
+
+        Raises:
+            ValueError: what it has was made for other data.
+        """
+        return dataset
+
+    def rewritten(self, model: Any, batch: Batch, key: jax.Array) -> Batch:
+        """The batch of a training step, before anything of it is counted: where a model writes its own targets."""
+        return batch
+
     def prepare(self, batch: Batch) -> Batch:
         """The whole batch, before it is cut into parts: where weights that depend on all of it are added."""
         return batch
+
+    def unfrozen(self, params: Any) -> Any:
+        """Factor on the gradient and the update of every parameter, a tree of arrays that broadcast against it; None
+        where all are trained at all times."""
+        return None
 
     @abc.abstractmethod
     def loss(self, model: Any, batch: Batch, *, key: jax.Array | None = None) -> LossParts:

@@ -214,7 +214,7 @@ def _sum_forward(
     params: tuple[jax.Array, ...],
 ) -> tuple[Sums, Any]:
     """The sums, and the gradient of the first of them with respect to hidden states and params."""
-    unit, unit_params = _units(chunks[0])
+    unit, unit_params = pull_back_units(chunks[0])
 
     def one(carry: tuple[Sums, Any], chunk: Chunk) -> tuple[tuple[Sums, Any], jax.Array]:
         sums, d_params = carry
@@ -239,13 +239,13 @@ def _sum_backward(
     project: Callable[..., jax.Array], label_smoothing: float, z_loss: float, residuals: Any, d_sums: Sums
 ) -> tuple[Any, Any]:
     d_hidden, d_params, dtypes = residuals
-    unit, unit_params = _units(d_hidden)
+    unit, unit_params = pull_back_units(d_hidden)
     scale = d_sums[0]  # the other sums have no gradient
     d_params = tuple((scale / unit_params * d).astype(like.dtype) for d, like in zip(d_params, dtypes, strict=True))
     return ((scale / unit * d_hidden).astype(d_hidden.dtype), None, None), d_params
 
 
-def _units(hidden: Float[Array, "N B S D"]) -> tuple[float, float]:
+def pull_back_units(hidden: Float[Array, "N B S D"]) -> tuple[float, float]:
     """What is pulled back in place of 1 to the hidden states of a chunk, and to the head."""
     if hidden.dtype != jnp.float16:
         return 1.0, 1.0

@@ -59,8 +59,13 @@ class TokenObjective(Objective):
         parts = self.score(model, hidden.states, batch)
         return parts.plus(model.auxiliary_losses(hidden.auxiliary))
 
+    def scored(self, states: Float[Array, "B S D"], batch: Batch) -> tuple[Float[Array, "B P D"], Batch]:
+        """The states that are scored, with `labels` and `loss_mask` of their places: all, for most objectives."""
+        return states, batch
+
     def score(self, model: Any, states: Float[Array, "B S D"], batch: Batch) -> LossParts:
         """The cross-entropy from the states that `hidden_states` gave."""
+        states, batch = self.scored(states, batch)
         return chunked_cross_entropy(
             states,
             model.project,
@@ -182,14 +187,13 @@ class MaskedToken(TokenObjective):
         "global_attention_mask",
     )
 
-    def score(self, model: Any, states: Float[Array, "B S D"], batch: Batch) -> LossParts:
+    def scored(self, states: Float[Array, "B S D"], batch: Batch) -> tuple[Float[Array, "B P D"], Batch]:
         if "masked_positions" not in batch:
-            return super().score(model, states, batch)
+            return states, batch
         places = batch["masked_positions"]
         picked = {name: gathered(batch[name], places) for name in ("labels", "loss_mask") if name in batch}
         picked["labels"] = jnp.where(places >= 0, picked["labels"], IGNORED)
-        states = jnp.take_along_axis(states, jnp.maximum(places, 0)[..., None], axis=1)
-        return super().score(model, states, picked)
+        return jnp.take_along_axis(states, jnp.maximum(places, 0)[..., None], axis=1), picked
 
 
 def gathered(values: Float[Array, "B S"] | Int[Array, "B S"], places: Int[Array, "B P"]) -> Any:

@@ -96,7 +96,7 @@ def held(program: Program, topology: Topology) -> Memory:
         capacity=topology.chip.memory,
         parameters=bytes_per_device(state.params),
         optimizer=bytes_per_device(state.optimizer_state),
-        other=bytes_per_device((state.step, state.ema, state.loss_scale)),
+        other=bytes_per_device((state.step, state.ema, state.loss_scale, program.scalars.frozen)),
         batch=bytes_per_device(program.batch),
     )
 

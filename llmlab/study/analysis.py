@@ -115,7 +115,7 @@ def unit(ablation: Ablation) -> str:
     """Of the metric: "nats per token"; empty for one that is not a loss."""
     name = ablation.metric.rpartition("/")[2]
     if name in ("loss", "ema_loss"):
-        return f"nats per {ablation.baseline.objective.unit}"
+        return f"nats per {ablation.baseline.objective.plain.unit}"
     return {"bits_per_byte": "bits per byte"}.get(name, "")
 
 

@@ -168,7 +168,7 @@ def table(ablation: Ablation, arms: Sequence[Arm], jobs: Sequence[Job], trials: 
 def guessing_loss(ablation: Ablation) -> float | None:
     """ln V, the loss of a uniform guess, where the metric is a loss in nats per token and V is known."""
     experiment = ablation.baseline
-    if ablation.metric not in _LOSSES or "token" not in experiment.objective.unit:
+    if ablation.metric not in _LOSSES or "token" not in experiment.objective.plain.unit:
         return None
     size = known_size(experiment.tokenizer) or experiment.model.vocab_size
     return None if size is None else math.log(size)

@@ -13,6 +13,7 @@ The libraries are imported when a tokenizer is trained or opened, not here.
 from llmlab.tokenizers.base import Tokenizer, TokenizerConfig
 from llmlab.tokenizers.byte_level import Bytes, BytesTokenizer
 from llmlab.tokenizers.huggingface import ByteLevelBPE, HuggingFace, HuggingFaceTokenizer, WordPiece
+from llmlab.tokenizers.opened import Opened
 from llmlab.tokenizers.padding import Encoding, pad
 from llmlab.tokenizers.sentencepiece import SentencePiece, SentencePieceTokenizer
 from llmlab.tokenizers.special import SpecialTokens
@@ -26,6 +27,7 @@ __all__ = [
     "Encoding",
     "HuggingFace",
     "HuggingFaceTokenizer",
+    "Opened",
     "SentencePiece",
     "SentencePieceTokenizer",
     "SpecialTokens",

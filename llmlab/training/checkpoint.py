@@ -31,8 +31,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from llmlab.nn.module import Params
+from llmlab.objectives.companion import LEARNED, apart
 from llmlab.sharding import cluster
 from llmlab.sharding.cluster import Cluster
 from llmlab.training.directory import check_renames, write_json
@@ -351,8 +353,24 @@ def restore_params(checkpoints: Path, abstract: Params, *, step: int | None = No
     if not item.is_dir():
         raise ValueError(f"{item.parent} holds no average of the weights: the run was trained without (optimizer.ema)")
     with _without_remarks(), contextlib.closing(ocp.StandardCheckpointer()) as checkpointer:
-        _check_shapes(checkpointer.metadata(item).item_metadata, abstract)
-        return checkpointer.restore(item, abstract)
+        stored = checkpointer.metadata(item).item_metadata
+        _check_shapes(stored, abstract)
+        return apart(checkpointer.restore(item, abstract | _brought(stored, abstract)))[0]
+
+
+def _brought(stored: Any, abstract: Params) -> Params:
+    """Shapes of the parameters that the objective brought along to training: orbax reads all of a tree or nothing, and
+    these are small."""
+    if stored is None or LEARNED not in stored.tree:
+        return {}
+    here = jax.tree.leaves(abstract)[0].sharding
+    if isinstance(here, NamedSharding):  # that of a parameter may not divide these
+        here = NamedSharding(here.mesh, PartitionSpec())
+    return {
+        LEARNED: jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(tuple(x.shape), x.dtype, sharding=here), stored.tree[LEARNED]
+        )
+    }
 
 
 @contextlib.contextmanager

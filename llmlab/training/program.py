@@ -11,18 +11,21 @@ import numpy as np
 import optax
 from jaxtyping import Int64
 
-from llmlab.nn.module import Params, draw, num_parameters
+from llmlab.nn.module import Params, draw, merge, num_parameters
 from llmlab.objectives import Batch, LossParts, Objective
+from llmlab.objectives.companion import LEARNED, Companion, apart
 from llmlab.optim import Optimizer
 from llmlab.sharding import Placement
+from llmlab.sharding.pipeline import AXIS
 from llmlab.training.config import Train
+from llmlab.training.precision import cast
 from llmlab.training.state import Layout, TrainState, abstract, make_initialise, new_state
 from llmlab.training.step import (
     Scalars,
     batch_shardings,
     evaluate_step,
     jitted,
-    make_evaluate_step,
+    jitted_evaluation,
     train_step,
 )
 
@@ -49,23 +52,25 @@ class Program:
     batch: dict[str, jax.ShapeDtypeStruct]
     """Shapes, types and shardings of a batch."""
     scalars: Scalars
-    """What the train step takes besides."""
+    """What the train step takes besides; of frozen arrays the shapes, types and shardings."""
     seed: int
     """Of the initial weights."""
     step: Any
     """(state, batch, scalars) -> (state, metrics), jitted or compiled."""
-    evaluate_step: Any
-    """(params, batch) -> sums, jitted or compiled."""
+    evaluation: Any
+    """(params, batch, frozen) -> sums, jitted or compiled."""
     traced_step: Callable[[TrainState, Batch, Scalars], tuple[TrainState, dict[str, Any]]]
     """`step`, to be traced."""
-    traced_evaluate: Callable[[Params, Batch], LossParts]
-    """`evaluate_step`, to be traced."""
+    traced_evaluate: Callable[[Params, Batch, Any], LossParts]
+    """`evaluation`, to be traced."""
     parameters: Callable[[jax.Array], Params]
     """A key to parameters, to be traced."""
     draw: Callable[[jax.Array], TrainState]
     """A key to the state before the first step, jitted."""
     begin: Callable[[Params], TrainState]
     """Parameters to the state before the first step, jitted."""
+    companion: Companion | None = None
+    """What the objective brings along."""
 
     @classmethod
     def build(
@@ -78,8 +83,20 @@ class Program:
         batch: Mapping[str, np.ndarray],
     ) -> "Program":
         """The program, not yet compiled; of `batch`, a global batch, only names, shapes and types matter. Allocates
-        nothing."""
+        nothing.
+
+        Raises:
+            ValueError: the objective brings along what this mesh cannot train with.
+        """
         graphdef, shapes, axes = model.abstract()
+        companion = objective.companion(model)
+        if companion is not None and placement.mesh.shape[AXIS] > 1:
+            raise ValueError(
+                f"{type(objective).__name__} runs a second model beside the first, and mesh.pipeline="
+                f"{placement.mesh.shape[AXIS]} cuts one alone; use mesh.pipeline=1 and another axis, fsdp for instance"
+            )
+        if companion is not None and companion.learned_shapes:
+            shapes, axes = shapes | {LEARNED: companion.learned_shapes}, axes | {LEARNED: companion.learned_axes}
         transformation = optimizer.build(axes, train.steps, growth=model.width_growth)
         kind: dict[str, Any] = {
             "precision": train.precision,
@@ -90,7 +107,8 @@ class Program:
         layout = Layout.of(unplaced, axes, placement, offload_optimizer=train.offload_optimizer)
 
         def drawn(key: jax.Array) -> Params:
-            return draw(model.build, key)
+            brought = {LEARNED: companion.draw(key)} if companion is not None and companion.learned_shapes else {}
+            return draw(model.build, key) | brought
 
         def optimizer_of(scalars: dict[str, Any]) -> optax.GradientTransformation:
             return optimizer.with_scalars(scalars).build(axes, train.steps, growth=model.width_growth)
@@ -102,7 +120,9 @@ class Program:
             "placement": placement,
             "layout": layout,
             "where": where,
+            "companion": companion,
         }
+        frozen = _frozen(companion, train, placement)
         step = train_step(
             graphdef,
             objective,
@@ -111,6 +131,7 @@ class Program:
             gradients_by_layer=train.log_gradients == "layers",
             **settings,
         )
+        evaluation = evaluate_step(graphdef, objective, **settings)
         return cls(
             model=model,
             graphdef=graphdef,
@@ -120,21 +141,34 @@ class Program:
                 name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=where[name])
                 for name, array in batch.items()
             },
-            scalars=Scalars.of(optimizer, train.seed),
+            scalars=Scalars.of(optimizer, train.seed, frozen),
             seed=train.seed,
-            step=jitted(step, layout=layout, where=(where, layout.state.step)),
-            evaluate_step=make_evaluate_step(graphdef, objective, **settings),
+            step=jitted(step, layout=layout, where=(where, _beside(layout.state.step, frozen))),
+            evaluation=jitted_evaluation(evaluation, layout=layout, where=(where, _where(frozen))),
             traced_step=step,
-            traced_evaluate=evaluate_step(graphdef, objective, **settings),
+            traced_evaluate=evaluation,
             parameters=drawn,
             draw=make_initialise(drawn, transformation, layout=layout.state, **kind),
             begin=jax.jit(lambda params: new_state(params, transformation, **kind), out_shardings=layout.state),
+            companion=companion,
         )
 
     @property
     def train_step(self) -> "TrainStep":
         """(state, batch) -> (state, metrics)."""
-        return TrainStep(self.step, self.scalars)
+        return TrainStep(self)
+
+    @property
+    def evaluate_step(self) -> "EvaluateStep":
+        """(params, batch) -> sums."""
+        return EvaluateStep(self.evaluation, lambda: self.frozen)
+
+    @functools.cached_property
+    def frozen(self) -> Any:
+        """The arrays that the objective brings along, on the devices: read at the first use."""
+        if self.companion is None:
+            return {}
+        return self.companion.frozen(self.scalars.frozen)
 
     def initialise(self, weights: Weights | None = None) -> TrainState:
         """The state before the first step, with fresh weights or given ones."""
@@ -142,7 +176,7 @@ class Program:
         if weights is None:
             return self.draw(key)
         shapes: Any = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.state.params)
-        given = weights(shapes)
+        given = weights(apart(shapes)[0])
         where: Any = jax.tree.map(lambda x: x.sharding, self.state.params)
         if absent := [name for name in shapes if name not in given]:
 
@@ -151,15 +185,19 @@ class Program:
                 return {name: params[name] for name in absent}
 
             given = given | jax.jit(missing, out_shardings={name: where[name] for name in absent})(key)
-        return self.begin(jax.tree.map(_put, given, where))
+        return self.begin(jax.tree.map(place, given, where))
 
     def compiled(self) -> "Program":
         """The same with both steps compiled."""
         if isinstance(self.step, jax.stages.Compiled):
             return self
         step = self.step.lower(self.state, self.batch, self.scalars).compile()
-        evaluate_step = self.evaluate_step.lower(self.state.params, self.batch).compile()
-        return dataclasses.replace(self, step=step, evaluate_step=evaluate_step)
+        evaluation = self.evaluation.lower(self.state.params, self.batch, self.scalars.frozen).compile()
+        return dataclasses.replace(self, step=step, evaluation=evaluation)
+
+    def finished(self, params: Params) -> Any:
+        """The model of a state's parameters."""
+        return merge(self.graphdef, apart(params)[0])
 
     @functools.cached_property
     def places(self) -> Int64[np.ndarray, " rows"]:
@@ -194,23 +232,35 @@ class Program:
     @property
     def num_parameters(self) -> int:
         """Of the model."""
-        return num_parameters(self.state.params)
+        return num_parameters(apart(self.state.params)[0])
 
 
 @dataclass(frozen=True, eq=False)
 class TrainStep:
-    """A step with its scalars."""
+    """A step with its scalars, and what the objective brings along: read at the first call."""
 
-    step: Any
-    """(state, batch, scalars) -> (state, metrics), jitted or compiled."""
-    scalars: Scalars
+    program: Program
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
-        return self.step(state, batch, self.scalars)
+        program = self.program
+        return program.step(state, batch, dataclasses.replace(program.scalars, frozen=program.frozen))
 
     def lower(self, state: TrainState, batch: Mapping[str, Any]) -> Any:
         """For these arrays or shapes, if it is not compiled."""
-        return self.step.lower(state, batch, self.scalars)
+        return self.program.step.lower(state, batch, self.program.scalars)
+
+
+@dataclass(frozen=True, eq=False)
+class EvaluateStep:
+    """An evaluation with what the objective brings along."""
+
+    evaluation: Any
+    """(params, batch, frozen) -> sums, jitted or compiled."""
+    frozen: Callable[[], Any]
+    """Gives the arrays."""
+
+    def __call__(self, params: Params, batch: Batch) -> LossParts:
+        return self.evaluation(params, batch, self.frozen())
 
 
 class Programs:
@@ -240,7 +290,9 @@ class Programs:
         for number, (known, program) in enumerate(self._compiled):
             if known == key:
                 self._compiled.append(self._compiled.pop(number))
-                return dataclasses.replace(program, scalars=Scalars.of(optimizer, train.seed), seed=train.seed)
+                companion, frozen = objective.companion(model), program.scalars.frozen
+                scalars = Scalars.of(optimizer, train.seed, frozen)
+                return dataclasses.replace(program, scalars=scalars, seed=train.seed, companion=companion)
         return Program.build(model, objective, optimizer, placement, train, batch)
 
     def add(self, program: Program, objective: Objective, optimizer: Optimizer, train: Train) -> None:
@@ -272,7 +324,26 @@ def _what_is_compiled(
     return model, objective, rule, placement, settings, shapes
 
 
-def _put(array: jax.Array | np.ndarray, where: jax.sharding.Sharding) -> jax.Array:
+def _frozen(companion: Companion | None, train: Train, placement: Placement) -> Any:
+    """Shapes, types and shardings of what never changes: in the precision of the arithmetic, as nothing is added to it
+    that a shorter type would round away."""
+    if companion is None:
+        return {}
+    shapes = jax.eval_shape(lambda tree: cast(tree, train.precision), companion.frozen_shapes)
+    where = placement.of_params.shardings(companion.frozen_axes, shapes)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
+
+
+def _where(frozen: Any) -> Any:
+    return jax.tree.map(lambda x: x.sharding, frozen)
+
+
+def _beside(everywhere: Any, frozen: Any) -> Any:
+    """Where the scalars of a step are."""
+    return Scalars(key=everywhere, optimizer=everywhere, frozen=_where(frozen))
+
+
+def place(array: jax.Array | np.ndarray, where: jax.sharding.Sharding) -> jax.Array:
     """An array that every process has, laid out over the devices of all."""
     if where.is_fully_addressable:
         return jax.device_put(array, where)

@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from llmlab.data.dataset import Dataset
 from llmlab.data.prefetch import prefetch
-from llmlab.nn.module import Params, merge
+from llmlab.nn.module import Params
 from llmlab.objectives import Batch
 from llmlab.tokenizers import Tokenizer
 from llmlab.training.checkpoint import Checkpoints
@@ -30,7 +30,7 @@ from llmlab.training.evaluation import evaluated, means
 from llmlab.training.faults import NonFiniteError, in_background, wait
 from llmlab.training.loop import Parts, train
 from llmlab.training.metrics import MetricsLog
-from llmlab.training.program import Program
+from llmlab.training.program import EvaluateStep, Program
 from llmlab.training.recorder import Recorder
 from llmlab.training.session import Session, throughput, validation
 from llmlab.training.state import TrainState
@@ -174,8 +174,9 @@ def _vectorized(lanes: list[Lane], where: TrainState) -> tuple[Any, Callable[[di
     """The compiled step of all lanes, (state, batch) -> (state, metrics of each), and what places its batches."""
     program = lanes[0].program
     shared = program.scalars.optimizer
-    scalars = Scalars(key=np.stack([lane.program.scalars.key for lane in lanes]), optimizer=shared)
-    axes: Any = Scalars(key=0, optimizer=dict.fromkeys(shared))
+    keys, frozen = np.stack([lane.program.scalars.key for lane in lanes]), program.scalars.frozen
+    scalars = Scalars(key=keys, optimizer=shared, frozen=frozen)
+    axes: Any = Scalars(key=0, optimizer=dict.fromkeys(shared), frozen=None)
 
     def step(state: TrainState, batch: Batch, scalars: Scalars) -> tuple[TrainState, list[dict[str, jax.Array]]]:
         state, metrics = jax.vmap(program.traced_step, in_axes=(0, 0, axes))(state, batch, scalars)
@@ -183,7 +184,9 @@ def _vectorized(lanes: list[Lane], where: TrainState) -> tuple[Any, Callable[[di
 
     of_batch = {name: _over_seeds(kind.sharding) for name, kind in program.batch.items()}
     whole = NamedSharding(program.placement.mesh, PartitionSpec())
-    jitted = jax.jit(step, donate_argnums=0, in_shardings=(where, of_batch, whole), out_shardings=(where, whole))
+    everywhere: Any = whole
+    beside = Scalars(key=whole, optimizer=everywhere, frozen=jax.tree.map(lambda x: x.sharding, frozen))
+    jitted = jax.jit(step, donate_argnums=0, in_shardings=(where, of_batch, beside), out_shardings=(where, whole))
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((len(lanes), *x.shape), x.dtype), (program.state, program.batch)
     )
@@ -192,7 +195,8 @@ def _vectorized(lanes: list[Lane], where: TrainState) -> tuple[Any, Callable[[di
     def place(batch: dict[str, np.ndarray]) -> Batch:
         return {name: jax.device_put(rows, of_batch[name]) for name, rows in batch.items()}
 
-    return lambda state, batch: compiled(state, batch, scalars), place
+    given = dataclasses.replace(scalars, frozen=program.frozen)
+    return lambda state, batch: compiled(state, batch, given), place
 
 
 def _rows(batches: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -275,7 +279,9 @@ class _Evaluation:
 
     def __init__(self, lanes: list[Lane], place: Callable[[dict[str, np.ndarray]], Batch]) -> None:
         self._lanes, self._place = lanes, place
-        self._step = jax.jit(jax.vmap(lanes[0].program.traced_evaluate))
+        program = lanes[0].program
+        evaluation = jax.jit(jax.vmap(program.traced_evaluate, in_axes=(0, 0, None)))
+        self._step = EvaluateStep(evaluation, lambda: program.frozen)
 
     @property
     def num_batches(self) -> int:
@@ -322,4 +328,4 @@ def _outcome(lane: Lane, params: Params, together: int) -> Outcome:
         return Outcome(session=session, failure=lane.failure)
     counted = lane.dataset.baselines(session.experiment.train.accumulation)
     summary = session.summary(lane.program, lane.dataset, lane.speed, counted) | {"seeds_together": together}
-    return Outcome(session=session, model=merge(lane.program.graphdef, params), summary=summary)
+    return Outcome(session=session, model=lane.program.finished(params), summary=summary)

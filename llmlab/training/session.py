@@ -21,7 +21,7 @@ from llmlab.config import to_json
 from llmlab.data.dataset import Dataset, ValidationSplit
 from llmlab.data.prefetch import prefetch
 from llmlab.data.store import default_cache_dir
-from llmlab.nn.module import Params, merge
+from llmlab.nn.module import Params
 from llmlab.sharding import Placement, cluster
 from llmlab.sharding.cluster import Cluster
 from llmlab.sharding.pipeline import AXIS, Schedule
@@ -88,7 +88,8 @@ class Session:
             # Collectives give up on a process that is half a minute late, and compiling takes longer than that.
             self.processes.meet("compiled")
             log.cut_back(start)
-            self.started(start, {"data": dataset.fingerprint, "tokenizer": tokenizer.fingerprint})
+            brought = {} if program.companion is None else program.companion.fingerprints
+            self.started(start, {"data": dataset.fingerprint, "tokenizer": tokenizer.fingerprint, **brought})
             speed = throughput(program, self.experiment.train.steps)
             parts = self._parts(program, dataset, checkpoints, log, speed)
             self.phases.begin("train")
@@ -96,12 +97,13 @@ class Session:
             state = train(state, start, parts, unevaluated=unevaluated)
         self.phases.begin("summary")
         summary = self.summary(program, dataset, speed, wait(counted)) if writes else {}
-        return merge(program.graphdef, state.params), tokenizer, summary
+        return program.finished(state.params), tokenizer, summary
 
     def program(self, tokenizer: Tokenizer, dataset: Dataset) -> Program:
         """What the devices will do, compiled if an equal one was compiled before. Raises ValueError where model and
         data do not fit."""
         model = self.experiment.model.with_vocabulary(tokenizer.vocab_size)
+        self.experiment.objective.check_tokenizer(tokenizer)
         _check_labels(model.num_labels, dataset.num_labels)
         model.check_batch(dataset.validation.batch(0))
         return self.programs.build(
@@ -136,24 +138,8 @@ class Session:
 
     def _new_tokenizer(self) -> Tokenizer:
         """One that was trained before on the same data, or else a new one."""
-        experiment, report = self.experiment, self.report
-        self.phases.begin("tokenizer", type(experiment.tokenizer).__name__)
-        trained_from = (to_json(experiment.tokenizer) + experiment.data.fingerprint()).encode()
-        cached = default_cache_dir() / "tokenizers" / hashlib.sha256(trained_from).hexdigest()[:32]
-        if (cached / "llmlab_tokenizer.json").exists():
-            tokenizer = load_tokenizer(cached)
-        else:
-            asked = False
-
-            def texts() -> Iterator[str]:
-                nonlocal asked
-                asked = True
-                return experiment.data.training_texts()
-
-            tokenizer = experiment.tokenizer.build(texts, progress=report.progress)
-            if asked:  # one that is opened from a path belongs to its path
-                tokenizer.save(cached)
-        return tokenizer
+        self.phases.begin("tokenizer", type(self.experiment.tokenizer).__name__)
+        return tokenizer_for(self.experiment, self.report.progress)
 
     def dataset(self, tokenizer: Tokenizer) -> Dataset:
         """What it reads, in tokens."""
@@ -173,6 +159,13 @@ class Session:
         built: list[Dataset] = []
         self.processes.lead("tokens", lambda: built.append(build()))
         dataset = built[0] if built else build()
+        dataset = self.experiment.objective.dataset(
+            dataset,
+            steps=config.steps,
+            seed=config.seed,
+            sequence_length=config.sequence_length,
+            tokenizer=tokenizer,
+        )
         for remark in dataset.remarks:
             self.report.message(remark, "warning")
         return dataset
@@ -236,7 +229,7 @@ class Session:
         for record in read_metrics(self.directory.path):
             latest |= record
             speeds += [record["tokens_per_second"]] if "tokens_per_second" in record else []
-        loss, unit = latest["validation/loss"], self.experiment.objective.unit
+        loss, unit = latest["validation/loss"], self.experiment.objective.plain.unit
         names = [name for name in latest if name in ("step", "tokens", "train/loss") or name.startswith("validation/")]
         summary = {name: latest[name] for name in names} | {
             "unit": unit,
@@ -244,7 +237,7 @@ class Session:
             "num_parameters": program.num_parameters,
             "flops_per_token": speed.flops_per_token,
         }
-        if self.experiment.objective.perplexity and loss < _MAX_EXPONENT:
+        if self.experiment.objective.plain.perplexity and loss < _MAX_EXPONENT:
             summary["validation/perplexity"] = math.exp(loss)
         if dataset.bytes_per_token is not None:
             summary["validation/bits_per_byte"] = loss / (dataset.bytes_per_token * math.log(2))
@@ -254,6 +247,27 @@ class Session:
             summary["mfu"] = summary["model_flops_per_second"] / speed.peak.flops_per_second
             summary["mfu_convention"] = f"MFU of {speed.peak.source}; {FLOP_CONVENTION}"
         return summary
+
+
+def tokenizer_for(
+    experiment: "Experiment", progress: Callable[[int, int | None, str], None] | None = None
+) -> Tokenizer:
+    """The tokenizer of an experiment: one that was trained before on the same data, or else a new one."""
+    trained_from = (to_json(experiment.tokenizer) + experiment.data.fingerprint()).encode()
+    cached = default_cache_dir() / "tokenizers" / hashlib.sha256(trained_from).hexdigest()[:32]
+    if (cached / "llmlab_tokenizer.json").exists():
+        return load_tokenizer(cached)
+    asked = False
+
+    def texts() -> Iterator[str]:
+        nonlocal asked
+        asked = True
+        return experiment.data.training_texts()
+
+    tokenizer = experiment.tokenizer.build(texts, progress=progress)
+    if asked:  # one that is opened from a path belongs to its path
+        tokenizer.save(cached)
+    return tokenizer
 
 
 def validation(state: TrainState, evaluate: Callable[[Params], Mapping[str, Any] | None]) -> dict[str, Any] | None:

@@ -26,6 +26,7 @@ from jaxtyping import Array, Float
 
 from llmlab.nn.module import Params, merge
 from llmlab.objectives import Batch, LossParts, Objective
+from llmlab.objectives.companion import Companion, apart
 from llmlab.optim import Optimizer
 from llmlab.optim import transformation as optim
 from llmlab.sharding import Placement, activate
@@ -39,6 +40,8 @@ BatchShardings = dict[str, NamedSharding]
 
 # fold_in constant that separates dropout from initialisation, which uses the seed's key itself.
 _DROPOUT_KEY = 0xD20
+# fold_in constant that separates what a model writes for itself from the parts' dropout, which fold in their number.
+_REWRITING_KEY = 0x3E71E
 
 
 @jax.tree_util.register_dataclass
@@ -50,12 +53,14 @@ class Scalars:
     """Data of the key of dropout, two uint32."""
     optimizer: dict[str, Any]
     """Of `Optimizer.scalars`, as float32."""
+    frozen: Any = dataclasses.field(default_factory=dict)
+    """Arrays that the objective brings along, or their shapes; see llmlab.objectives.companion."""
 
     @classmethod
-    def of(cls, optimizer: Optimizer, seed: int) -> "Scalars":
+    def of(cls, optimizer: Optimizer, seed: int, frozen: Any = None) -> "Scalars":
         """As NumPy arrays, which every process has alike."""
         optimizer_scalars = {name: np.float32(value) for name, value in optimizer.scalars().items()}
-        return cls(key=_dropout_key(seed), optimizer=optimizer_scalars)
+        return cls(key=_dropout_key(seed), optimizer=optimizer_scalars, frozen=frozen or {})
 
 
 def _dropout_key(seed: int) -> np.ndarray:
@@ -98,6 +103,7 @@ def train_step(
     placement: Placement | None = None,
     layout: Layout | None = None,
     where: BatchShardings | None = None,
+    companion: Companion | None = None,
 ) -> Callable[[TrainState, Batch, Scalars], tuple[TrainState, Metrics]]:
     """The step as a function to be traced, `(state, batch, scalars) -> (state, metrics)`.
 
@@ -112,6 +118,7 @@ def train_step(
         placement: devices and rules, together with `layout` and `where`; None for the default device.
         layout: where the state is, from `Layout.of`.
         where: where the batch is, from `batch_shardings`.
+        companion: what the objective brings along.
 
     Metrics: "train/loss" (nats per counted token; further sums of the objective likewise), "gradient_norm" (before
     clipping), "learning_rate"; in float16 "loss_scale" and "skipped", 1 where the gradients were not finite and
@@ -121,15 +128,17 @@ def train_step(
     pipeline = Pipelined.of(graphdef, objective, layout.axes if layout else {}, placement, precision)
 
     def gradients(state: TrainState, batch: Batch, scalars: Scalars) -> tuple[Params, LossParts]:
-        batch = objective.prepare(batch)
-        count = objective.count(batch)
+        key = jax.random.fold_in(jax.random.wrap_key_data(scalars.key), state.step)
+        model, bound = _bound(graphdef, objective, companion, cast(state.params, precision), scalars.frozen, state.step)
+        batch = bound.prepare(bound.rewritten(model, batch, jax.random.fold_in(key, _REWRITING_KEY)))
+        count = bound.count(batch)
         per_token = 1.0 / jnp.where(count > 0, count, 1.0)  # a batch without a counted token has zero gradient
         scale = 1.0 if state.loss_scale is None else state.loss_scale.scale
-        key = jax.random.fold_in(jax.random.wrap_key_data(scalars.key), state.step)
 
         def loss(params: Params, part: Batch, number: jax.Array | int) -> tuple[jax.Array, LossParts]:
-            model = merge(graphdef, cast(params, precision))
-            parts = objective.loss(model, part, key=jax.random.fold_in(key, number))
+            params = cast(params, precision)
+            model, bound = _bound(graphdef, objective, companion, params, scalars.frozen, state.step)
+            parts = bound.loss(model, part, key=jax.random.fold_in(key, number))
             return parts.total * (per_token * scale), parts
 
         def one_part(part: Batch, number: jax.Array | int) -> tuple[Params, LossParts]:
@@ -144,7 +153,7 @@ def train_step(
             gradient, parts = _sum_over_parts(one_part, batch, accumulation)
         if state.loss_scale is not None:
             gradient = jax.tree.map(lambda g: g / scale, gradient)
-        return gradient, parts
+        return _masked(gradient, bound.unfrozen(gradient)), parts
 
     def step(state: TrainState, batch: Batch, scalars: Scalars) -> tuple[TrainState, Metrics]:
         with activate(placement):
@@ -158,6 +167,8 @@ def train_step(
         by_layer = norms_by_layer(gradient) if gradients_by_layer else {}
         gradient, old = _placed(gradient, update), _placed(state.params, update)
         updates, optimizer_state = optimizer(scalars.optimizer).update(gradient, optimizer_state, old)
+        if companion is not None:  # a parameter without gradient is still decayed, and carried on by its momentum
+            updates = _masked(updates, companion.bind({}, {}, state.step).unfrozen(updates))
         params: Any = _placed(optax.apply_updates(old, updates), update)
         metrics = per_count(parts, "train") | optim.metrics(optimizer_state) | by_layer
         loss_scale = state.loss_scale
@@ -182,11 +193,19 @@ def train_step(
 
 def make_evaluate_step(graphdef: Any, objective: Objective, **settings: Any) -> Any:
     """The jitted evaluation of a batch, `(params, batch) -> LossParts`; arguments as for `evaluate_step`."""
-    evaluate, layout = evaluate_step(graphdef, objective, **settings), settings.get("layout")
+    evaluate = evaluate_step(graphdef, objective, **settings)
+    return jitted_evaluation(
+        lambda params, batch: evaluate(params, batch, {}),
+        layout=settings.get("layout"),
+        where=(settings.get("where"),),
+    )
+
+
+def jitted_evaluation(evaluate: Callable[..., LossParts], *, layout: Layout | None, where: tuple[Any, ...]) -> Any:
+    """An evaluation compiled on its first call; `where` places its arguments but the parameters."""
     if layout is None:
         return jax.jit(evaluate)
-    where = (layout.state.params, settings.get("where"))
-    return jax.jit(evaluate, in_shardings=where, out_shardings=layout.state.step)
+    return jax.jit(evaluate, in_shardings=(layout.state.params, *where), out_shardings=layout.state.step)
 
 
 def evaluate_step(
@@ -198,20 +217,34 @@ def evaluate_step(
     placement: Placement | None = None,
     layout: Layout | None = None,
     where: BatchShardings | None = None,
-) -> Callable[[Params, Batch], LossParts]:
-    """The evaluation of a batch as a function to be traced: sums, no dropout; arguments as for `train_step`."""
+    companion: Companion | None = None,
+) -> Callable[[Params, Batch, Any], LossParts]:
+    """The evaluation of a batch as a function to be traced, `(params, batch, frozen) -> sums`: no dropout; arguments as
+    for `train_step`."""
 
     pipeline = Pipelined.of(graphdef, objective, layout.axes if layout else {}, placement, precision)
 
-    def evaluate(params: Params, batch: Batch) -> LossParts:
+    def evaluate(params: Params, batch: Batch, frozen: Any) -> LossParts:
         with activate(placement):
-            batch = objective.prepare(batch)
+            model, bound = _bound(graphdef, objective, companion, cast(params, precision), frozen, None)
+            batch = bound.prepare(batch)
             if pipeline is not None:
                 return pipeline.loss(params, _cut(batch, accumulation))
-            model = merge(graphdef, cast(params, precision))
-            return _sum_over_parts(lambda part, _: objective.loss(model, part), batch, accumulation)
+            return _sum_over_parts(lambda part, _: bound.loss(model, part), batch, accumulation)
 
     return evaluate
+
+
+def _bound(
+    graphdef: Any, objective: Objective, companion: Companion | None, params: Params, frozen: Any, step: Any
+) -> tuple[Any, Objective]:
+    """The model of these parameters, and the objective with what it brings along."""
+    own, learned = apart(params)
+    return merge(graphdef, own), objective if companion is None else companion.bind(learned, frozen, step)
+
+
+def _masked(tree: Any, factors: Any) -> Any:
+    return tree if factors is None else jax.tree.map(lambda x, factor: x * factor, tree, factors)
 
 
 def per_count(parts: LossParts, prefix: str) -> Metrics:

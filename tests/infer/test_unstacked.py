@@ -108,3 +108,11 @@ def test_a_model_on_several_devices_and_one_that_is_traced_are_left_as_they_are(
         return own
 
     traced(params)
+
+
+def test_a_copy_that_is_made_inside_of_a_trace_is_there_after_it() -> None:
+    model = LLAMA.build(nnx.Rngs(params=0))
+    scale = jax.jit(lambda x: x * jax.tree.leaves(unstacked(model)[1])[0])(2.0)
+    graphdef, params = unstacked(model)
+    np.testing.assert_array_equal(scale, 2.0 * jax.tree.leaves(params)[0])
+    np.testing.assert_allclose(merge(graphdef, params)(IDS).logits, model(IDS).logits, rtol=1e-5, atol=1e-5)

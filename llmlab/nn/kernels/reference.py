@@ -7,7 +7,7 @@ values before they meet them, as everyone's kernels do.
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from llmlab.nn.kernels.scoring import FORBIDDEN, Scoring, row_max
 
@@ -36,6 +36,17 @@ def attention_weights(
     q_BSNH: Float[Array, "B S N H"], k_BTKH: Float[Array, "B T K H"], scoring: Scoring
 ) -> Float[Array, "B N S T"]:
     """softmax(logits) in float32, before dropout."""
+    logits, _ = attention_logits(q_BSNH, k_BTKH, scoring)
+    weights = jnp.exp(logits - jax.lax.stop_gradient(row_max(logits)))
+    total = weights.sum(-1, keepdims=True)
+    return weights / jnp.where(total == 0.0, 1.0, total)  # a query that sees no key gets zeros
+
+
+def attention_logits(
+    q_BSNH: Float[Array, "B S N H"], k_BTKH: Float[Array, "B T K H"], scoring: Scoring
+) -> tuple[Float[Array, "B N S T"], Bool[Array, "C 1 S T"]]:
+    """The logits in float32, FORBIDDEN where a query must not see a key, and where it may; C is B, or 1 where all rows
+    agree."""
     batch, num_queries, heads, _ = q_BSNH.shape
     _, num_keys, kv_heads, _ = k_BTKH.shape
     q_BSKGH = q_BSNH.reshape(batch, num_queries, kv_heads, heads // kv_heads, -1)
@@ -46,7 +57,4 @@ def attention_weights(
     query = np.arange(num_queries, dtype=np.int32) if query is None else query
     kv = np.arange(num_keys, dtype=np.int32) if kv is None else kv
     allowed = scoring.allowed(query, kv)
-    logits = jnp.where(allowed, scoring.logits(products_BNST, query, kv), FORBIDDEN)
-    weights = jnp.exp(logits - jax.lax.stop_gradient(row_max(logits)))
-    total = weights.sum(-1, keepdims=True)
-    return weights / jnp.where(total == 0.0, 1.0, total)  # a query that sees no key gets zeros
+    return jnp.where(allowed, scoring.logits(products_BNST, query, kv), FORBIDDEN), allowed
