@@ -5,8 +5,10 @@ Claim    Taught by the quickstart's model (4 layers of width 192), a student of 
 Command  llmlab train experiments/quickstart.py --out runs/quickstart-teacher
          llmlab distill experiments/distill/gpt_nano.py          one pair of runs, and what each model costs
          llmlab ablate experiments/distill/gpt_nano.py           pairs of seeds for every divergence, and verdicts
-Cost     5 arms x 5 seeds, about 20 minutes on 2 CPU cores; the teacher 3 minutes before (to be measured)
-Result   not yet measured
+Cost     5 arms x 5 seeds, 16 minutes on 2 CPU cores with light work beside; the teacher 3 minutes before
+Result   supported for forward KL (-0.495 nats per token of 3.278, 95% interval -0.522 to -0.467), JSD (-0.321) and
+         reverse KL (-0.154), 5 seeds; inconclusive on-policy (-0.037 [-0.108, +0.034], about 26 seeds would settle
+         it). The teacher ends at 2.46, so forward KL closes 60% of the gap: results/gpt_nano/
 
 Every arm has the tokens of the baseline, 300 steps of 8 rows of 128. All students of a seed start from the same values
 and see the same rows. The teacher has seen the corpus four times as long and is twice as deep: what it knows of the
