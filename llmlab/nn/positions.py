@@ -379,9 +379,11 @@ class T5Bias(Bias):
     def block(self, query_index: Index, kv_index: Index) -> Float[Array, "B N S T"]:
         reach = self.distance_NR.shape[1] // 2
         column_BST = jnp.clip(_distance(query_index, kv_index), -reach, reach) + reach
-        # Every device has the whole table, which is small: of one that is split by heads, at columns that are split by
-        # rows (cached decoding), XLA's partitioner (jax 0.10.2) makes a program that its own verifier rejects.
-        table_NR = shard(self.distance_NR, None, None)
+        table_NR = self.distance_NR
+        if query_index.ndim == 2:
+            # Cached decoding: every device has the whole table, which is small. Of one that is split by heads, at
+            # columns that are split by rows, XLA's partitioner (jax 0.10.2) makes a program that its verifier rejects.
+            table_NR = shard(table_NR, None, None)
         return jnp.moveaxis(table_NR[:, column_BST], 0, 1)
 
     def heads(self, first: Int[Array, ""], count: int) -> "T5Bias":
