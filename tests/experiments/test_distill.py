@@ -120,7 +120,7 @@ def test_a_student_translates_by_its_teachers_translations(tmp_path: Path) -> No
     study = module.ablation(str(folder), str(tmp_path / "teacher"))
 
     def small(experiment: Any, layers: int) -> Any:
-        ids = {"decoder_start_id": 257, "pad_id": 258}  # of the first special tokens behind 256 bytes
+        ids: dict[str, Any] = {"decoder_start_id": 257, "pad_id": 258}  # of the first special tokens behind 256 bytes
         model = bart(embed_dim=16, num_layers=layers, num_heads=2, max_length=32, pre_norm=True, **ids)
         train = replace(experiment.train, steps=101, batch_size=8, sequence_length=16, evaluate_every=0)
         return replace(experiment, model=model, train=train)
