@@ -33,6 +33,7 @@ def main(argv: Sequence[str]) -> int:
     """Runs `llmlab generate`."""
     arguments = _parser().parse_args(argv)
     prompt, sampling, constraint = _prompt(arguments), _sampling(arguments), _constraint(arguments)
+    strategy = _strategy(arguments, sampling)
 
     import jax.numpy as jnp
 
@@ -44,7 +45,6 @@ def main(argv: Sequence[str]) -> int:
     tokenizer = llmlab.load_tokenizer(arguments.model)
     # Several samples cannot be streamed into one terminal side by side: they are shown when they are done.
     alone = arguments.num_samples == 1 and not arguments.json
-    strategy = _strategy(arguments, sampling)
     before = "" if isinstance(model.config, EncoderDecoder) else prompt
 
     def show(_: int, text: str) -> None:
@@ -162,10 +162,8 @@ def _add_strategies(group: Any) -> None:
         "--draft", type=Path, metavar="RUN", help="a smaller model proposes tokens: the same text, faster"
     )
     ways.add_argument("--prompt-lookup", action="store_true", help="what followed these words before is proposed")
-    group.add_argument(
-        "--length-penalty", type=float, default=1.0, metavar="X", help="of --beams: 0 prefers short texts (1)"
-    )
-    group.add_argument("--num-drafted", type=int, default=4, metavar="N", help="tokens proposed at a time (4)")
+    group.add_argument("--length-penalty", type=float, metavar="X", help="of --beams: 0 prefers short texts (1)")
+    group.add_argument("--num-drafted", type=int, metavar="N", help="tokens proposed at a time (4)")
 
 
 def _speculates(arguments: argparse.Namespace) -> bool:
@@ -179,9 +177,13 @@ def _strategy(arguments: argparse.Namespace, sampling: "Sampling") -> "Strategy 
     from llmlab.infer.sampling import Sampling
     from llmlab.infer.strategies import Beams, Contrastive, Speculation
 
+    if arguments.length_penalty is not None and arguments.beams is None:
+        raise ValueError("--length-penalty ranks what beams find: give --beams too, or leave it out")
+    if arguments.num_drafted is not None and not _speculates(arguments):
+        raise ValueError("--num-drafted counts proposals: give --draft or --prompt-lookup too, or leave it out")
     if _speculates(arguments):
         draft: Any = PromptLookup() if arguments.prompt_lookup else llmlab.load(arguments.draft)
-        return Speculation(draft=draft, num_drafted=arguments.num_drafted)
+        return Speculation(draft=draft, num_drafted=4 if arguments.num_drafted is None else arguments.num_drafted)
     if arguments.beams is None and arguments.contrastive is None:
         return None
     name = "--contrastive" if arguments.beams is None else "--beams"
@@ -189,7 +191,8 @@ def _strategy(arguments: argparse.Namespace, sampling: "Sampling") -> "Strategy 
     if others != Sampling():
         raise ValueError(f"{name} searches and draws nothing: leave out how tokens are drawn, and --logprobs")
     if arguments.beams is not None:
-        return Beams(num_beams=arguments.beams, length_penalty=arguments.length_penalty)
+        penalty = 1.0 if arguments.length_penalty is None else arguments.length_penalty
+        return Beams(num_beams=arguments.beams, length_penalty=penalty)
     return Contrastive(top_k=arguments.top_k or 4, alpha=arguments.contrastive)
 
 

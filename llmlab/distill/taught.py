@@ -75,7 +75,7 @@ class Taught(Objective):
         "distillation", what is minimised, layers' own terms apart; "divergence", "accuracy" and "agreement" where
         distributions are compared; and every term over layers, by name."""
         base = self.distill.base
-        inputs = named(batch, _STATES_INPUTS if base is None else base.inputs)  # type: ignore[attr-defined]  # all have
+        inputs = named(batch, _STATES_INPUTS if base is None else base.inputs)  # type: ignore[attr-defined]  # each has some
         student, theirs = self._run(model, inputs, key), None
         if self.teacher is not None:
             theirs = self._run(self.teacher, inputs, None)

@@ -412,9 +412,10 @@ def generate_ids(
     yield last_B
     going_B, remaining = np.zeros(num_rows, bool), max_new_tokens - 1
     for choices, count in one_ahead(batch.more(_STEPS, going_B) for _ in range(0, remaining, _STEPS)):
-        for token_B in np.asarray(choices.token_B)[: min(int(count), remaining), :rows]:
+        written = int(count)
+        for token_B in np.asarray(choices.token_B)[: min(written, remaining), :rows]:
             last_B, remaining = token_B, remaining - 1
             yield last_B
-        if count < _STEPS:  # the positions of all rows have ended
+        if written < _STEPS:  # the positions of all rows have ended
             break
     yield from [last_B] * remaining

@@ -216,3 +216,6 @@ def test_a_draft_is_a_model_of_its_own_and_a_search_draws_nothing(
     assert records(capsys, llama, *shown, "--draft", llama) == records(capsys, llama, *shown)
     assert cli.main(["generate", llama, "--beams", "2", "--temperature", "0.5"]) == 2
     assert "--beams searches and draws nothing" in capsys.readouterr().err
+    for option, other in (("--length-penalty", "--beams"), ("--num-drafted", "--draft")):
+        assert cli.main(["generate", llama, option, "2"]) == 2
+        assert f"give {other}" in capsys.readouterr().err

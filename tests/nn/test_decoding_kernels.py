@@ -10,6 +10,7 @@ import pytest
 from llmlab.nn.cache import Stored
 from llmlab.nn.kernels.decoding import attend_one, attend_one_lacks, rms_norm
 
+# Sums of a thousand float32 numbers in another order; in bfloat16 a weight and a result are rounded by 2^-9 each.
 TOLERANCE = {"float32": 2e-6, "int8": 2e-6, "bfloat16": 1e-2}
 
 
@@ -79,5 +80,6 @@ def test_rms_norm_of_rows(shape: tuple[int, ...]) -> None:
     got = jax.jit(rms_norm, static_argnums=(2, 3))(
         jnp.asarray(x, jnp.float32), jnp.asarray(gain, jnp.float32), 1e-3, 1.0
     )
+    # of a dozen roundings of float32
     want = (1 + gain) * x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-3)
     np.testing.assert_allclose(got, want, rtol=0, atol=2e-6 * np.abs(want).max())
