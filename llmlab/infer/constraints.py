@@ -93,7 +93,8 @@ class Matcher:
 
     def allowed(self) -> Int32[np.ndarray, " W"]:
         """Which tokens may come next: bit i of word w for token 32 w + i."""
-        return np.frombuffer(self._matcher.compute_bitmask(), np.int32)
+        words = -(-self._tokenizer.vocab_size // 32)  # where that divides, llguidance gives one more
+        return np.frombuffer(self._matcher.compute_bitmask(), np.int32)[:words]
 
     def accept(self, token: int) -> None:
         """Takes the next token.

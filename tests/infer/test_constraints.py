@@ -133,3 +133,17 @@ def test_without_the_library_it_says_what_to_install(monkeypatch, tokenizers):
     monkeypatch.setattr(builtins, "__import__", absent)
     with pytest.raises(ImportError, match=r"llmlab\[serve\]"):
         matcher(Regex("a"), tokenizers["bytes"])
+
+
+TEXT = " ".join(f"{i} yes {i * i} no" for i in range(200))
+
+
+def test_the_mask_has_as_many_words_as_the_vocabulary_needs_also_where_32_divides_it() -> None:
+    for size in (287, 288, 289):
+        tokenizer = ByteLevelBPE(vocab_size=size).build(lambda: iter([TEXT] * 3))
+        allowed = matcher(Regex("(yes|no)"), tokenizer).allowed()
+        assert len(allowed) == -(-tokenizer.vocab_size // 32)
+        firsts = {i for i in range(tokenizer.vocab_size) if allowed[i // 32] >> (i % 32) & 1}
+        assert firsts == {
+            i for i in range(tokenizer.vocab_size) if tokenizer.decode([i]) in {"y", "ye", "yes", "n", "no"}
+        }
