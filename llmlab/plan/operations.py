@@ -60,20 +60,15 @@ def _blocked_spare(num_rows: int, num_experts: int) -> int:
     return (63 if num_rows >= 512 * num_experts else 31) * num_experts
 
 
-def _blocked_rows(inputs: Shapes, outputs: Shapes) -> int:
-    """Rows (R, D) times a matrix of their expert (E, D, F), or its transpose."""
-    rows, matrices = inputs[0].shape[0], inputs[1].shape
-    return 2 * (rows + _blocked_spare(rows, matrices[0])) * math.prod(matrices[1:])
-
-
-def _blocked_outer(inputs: Shapes, outputs: Shapes) -> int:
-    """Gradient of the matrices (E, D, F) from rows (R, D) and (R, F)."""
-    rows, matrices = inputs[0].shape[0], outputs[0].shape
-    return 2 * (rows + _blocked_spare(rows, matrices[0])) * math.prod(matrices[1:])
+def _blocked_mlp(inputs: Shapes, outputs: Shapes) -> int:
+    """Rows (R, D) times all matrices of their expert, which are those inputs that have three dimensions."""
+    matrices = [array.shape for array in inputs if len(array.shape) == 3]
+    rows = inputs[0].shape[0]
+    return 2 * (rows + _blocked_spare(rows, matrices[0][0])) * sum(math.prod(shape[1:]) for shape in matrices)
 
 
 def _tiled_rows(inputs: Shapes, outputs: Shapes) -> int:
-    """As `_blocked_rows`; the tiles that two experts share are not counted twice (there are E - 1 of them at most)."""
+    """Rows times a matrix of their expert; the tiles that two experts share (E - 1 at most) are not counted twice."""
     return 2 * inputs[0].size * outputs[0].shape[1]
 
 
@@ -82,9 +77,9 @@ def _tiled_outer(inputs: Shapes, outputs: Shapes) -> int:
 
 
 FUNCTIONS: Mapping[str, Kernel] = {
-    "blocked_matmul": _blocked_rows,
-    "blocked_matmul_transposed": _blocked_rows,
-    "blocked_outer": _blocked_outer,
+    "blocked_mlp_forward": _blocked_mlp,
+    # Gradients of the rows and of the matrices.
+    "blocked_mlp_backward": lambda inputs, outputs: 2 * _blocked_mlp(inputs, outputs),
     "megablox_matmul": _tiled_rows,
     "megablox_matmul_transposed": _tiled_rows,
     "megablox_outer": _tiled_outer,

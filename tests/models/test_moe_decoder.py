@@ -13,7 +13,7 @@ from llmlab.models.llama import llama
 from llmlab.nn.feed_forward import GatedMLP
 from llmlab.nn.module import logical_axes, merge, split
 from llmlab.nn.moe import Capacity, LoadBalance, MixtureOfExperts, TopK
-from llmlab.nn.moe.blocked import block_rows
+from llmlab.nn.moe.blocked import pieces
 from llmlab.nn.stack import Execution
 from llmlab.objectives import NextToken
 from llmlab.optim import SGD
@@ -136,7 +136,7 @@ def test_only_active_experts_count_as_flops() -> None:
     def forward(params: Any, ids: Any) -> jax.Array:
         return jnp.sum(jnp.square(merge(graphdef, params)(ids).logits))
 
-    in_vain = block_rows(4 * 11 * 2, EXPERTS) // 8 - 1
+    in_vain = pieces(4 * 11 * 2, EXPERTS)[-1] - 1
     spare = 2 * 3 * EXPERTS * in_vain * 2 * 16 * 12  # two layers, three matrices
     flops = config.flops({"input_ids": (4, 11)}, training=False)
     assert count(forward, params, ids).matmul_flops == flops + spare

@@ -185,10 +185,10 @@ def test_custom_derivatives_count_what_they_say() -> None:
 
 def test_what_a_counted_function_makes_of_nothing_costs_what_it_is() -> None:
     @jax.jit
-    def blocked_matmul() -> jax.Array:
+    def blocked_mlp_forward() -> jax.Array:
         return jnp.full((3,), 2.0) * 3.0
 
-    assert count(blocked_matmul).flops == 3
+    assert count(blocked_mlp_forward).flops == 3
 
 
 def test_a_condition_costs_its_most_expensive_branch() -> None:

@@ -1,6 +1,6 @@
-"""Mixture of experts: routing, dispatch, grouped matmul."""
+"""Mixture of experts: routing, dispatch, experts on sorted rows."""
 
-from llmlab.nn.moe.grouped import grouped_matmul
+from llmlab.nn.moe.grouped import grouped_mlp
 from llmlab.nn.moe.layer import MixtureOfExperts, MixtureOfExpertsLayer
 from llmlab.nn.moe.routing import Capacity, ExpertChoice, LoadBalance, Router, TopK
 
@@ -12,5 +12,5 @@ __all__ = [
     "MixtureOfExpertsLayer",
     "Router",
     "TopK",
-    "grouped_matmul",
+    "grouped_mlp",
 ]

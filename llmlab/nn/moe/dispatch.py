@@ -28,7 +28,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,8 @@ from jaxtyping import Array, Float, Int
 
 from llmlab.nn.module import Params, logical_axes, merge, split
 from llmlab.nn.moe.exchange import Lane, Plan, further_rounds, lane, move, plan, to_homes, to_owners
-from llmlab.nn.moe.experts import Draw, Experts
+from llmlab.nn.moe.experts import Experts
+from llmlab.nn.moe.mlp import Draw
 from llmlab.sharding import shard
 from llmlab.sharding.rules import Placement, active_placement, active_sharding
 
@@ -128,10 +129,10 @@ def _sorted(
     k = expert_BSK.shape[-1]
     groups = group(expert_BSK.reshape(-1), num_experts)
     x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
-    rows_AD = gather_rows(x_TD, groups.order_A // k, groups.inverse_A.reshape(-1, k))
+    rows_AD = gather_rows(x_TD, groups.order_A // k, groups.inverse_A.reshape(-1, k), "promise_in_bounds")
     draw = None if draw is None else draw._replace(choice=draw.choice.reshape(-1)[groups.order_A])
     y_AD = grouped(rows_AD, groups.sizes_E, draw)
-    y_AD = gather_rows(y_AD, groups.inverse_A, groups.order_A[:, None])
+    y_AD = gather_rows(y_AD, groups.inverse_A, groups.order_A[:, None], "promise_in_bounds")
     return _weighted(y_AD.reshape(*expert_BSK.shape, -1), gate_BSK)
 
 
@@ -305,27 +306,38 @@ def group(expert_A: Int[Array, "A"], num_experts: int) -> Groups:
     return Groups(order_A, jnp.argsort(order_A), bounds[:-1], jnp.diff(bounds))
 
 
-@jax.custom_vjp
+Absent = Literal["fill", "promise_in_bounds"]
+"""What an index beyond the rows gives: zeros, or there is none."""
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
 def gather_rows(
-    x_ND: Float[Array, "N D"], index_M: Int[Array, "M"], inverse_NJ: Int[Array, "N J"]
+    x_ND: Float[Array, "N D"], index_M: Int[Array, "M"], inverse_NJ: Int[Array, "N J"], absent: Absent = "fill"
 ) -> Float[Array, "M D"]:
-    """x_ND[index_M], zeros where the index is N or more.
+    """x_ND[index_M].
 
     Args:
         x_ND: rows.
-        index_M: the row that each result is.
+        index_M: the row that each result is; N for none, which gives zeros.
         inverse_NJ: all the results that each row is, M for none: where its gradient comes from.
+        absent: "promise_in_bounds" where none is none, which is faster.
     """
-    return jnp.take(x_ND, index_M, axis=0, mode="fill", fill_value=0)
+    return _taken(x_ND, index_M, absent)
 
 
-def _gather_forward(x_ND: jax.Array, index_M: jax.Array, inverse_NJ: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return jnp.take(x_ND, index_M, axis=0, mode="fill", fill_value=0), inverse_NJ
+def _gather_forward(
+    x_ND: jax.Array, index_M: jax.Array, inverse_NJ: jax.Array, absent: Absent
+) -> tuple[jax.Array, jax.Array]:
+    return _taken(x_ND, index_M, absent), inverse_NJ
 
 
-def _gather_backward(inverse_NJ: jax.Array, dy_MD: jax.Array) -> tuple[jax.Array, None, None]:
-    dx_NJD = jnp.take(dy_MD, inverse_NJ, axis=0, mode="fill", fill_value=0)
+def _gather_backward(absent: Absent, inverse_NJ: jax.Array, dy_MD: jax.Array) -> tuple[jax.Array, None, None]:
+    dx_NJD = _taken(dy_MD, inverse_NJ, absent)
     return jnp.sum(dx_NJD, axis=1, dtype=jnp.float32).astype(dy_MD.dtype), None, None
+
+
+def _taken(rows: jax.Array, index: jax.Array, absent: Absent) -> jax.Array:
+    return rows.at[index].get(mode=absent, fill_value=0)
 
 
 gather_rows.defvjp(_gather_forward, _gather_backward)

@@ -1,6 +1,6 @@
 """The experts themselves: as many MLPs of one shape, their matrices stacked.
 
-They are applied to rows sorted by expert (grouped matmul), or to the same number of rows for each (batched matmul).
+They are applied to rows sorted by expert (see grouped.py), or to the same number of rows for each (batched matmul).
 Which hidden units are dropped is a function of what an element is, the choice and the unit, not of where its row stands
 or on which device: every dispatch and every mesh drops the same.
 
@@ -8,31 +8,15 @@ Shapes: E experts, D embed, F hidden, R rows sorted by expert, B C rows of one e
 """
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Float, Int
 
-from llmlab.nn.dropout import factor_at
-from llmlab.nn.feed_forward import ACTIVATIONS, MLP, GatedMLP
-from llmlab.nn.moe.grouped import grouped_matmul
-
-Apply = Callable[["StackedDense", jax.Array], jax.Array]
-
-
-class Draw(NamedTuple):
-    """Dropout of hidden units."""
-
-    seed: UInt32[Array, "2"]
-    """Of the layer and the step."""
-    choice: Int[Array, "..."]
-    """Number of every row's choice in the batch: token t's k-th is t K + k, and e takes k's place where experts choose.
-    Of the rows' shape."""
-    unit_F: Int[Array, "F"]
-    """Number of the hidden units."""
+from llmlab.nn.feed_forward import MLP, GatedMLP
+from llmlab.nn.moe.grouped import grouped_mlp
+from llmlab.nn.moe.mlp import Draw, Hidden, Matrices
 
 
 class StackedDense(nnx.Module):
@@ -53,13 +37,10 @@ class StackedDense(nnx.Module):
         self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), shape), axes=("experts", inputs[0], outputs[0]))
         self.bias = nnx.Param(jnp.zeros((num_experts, outputs[1])), axes=("experts", outputs[0])) if bias else None
 
-    def grouped(self, x_RD: Float[Array, "R D"], sizes_E: Int[Array, "E"]) -> Float[Array, "R F"]:
-        """Of rows sorted by expert; those beyond the groups give zeros."""
-        y_RF = grouped_matmul(x_RD, self.kernel[...], sizes_E)
-        if self.bias is None:
-            return y_RF
-        expert_R = jnp.searchsorted(jnp.cumsum(sizes_E), jnp.arange(x_RD.shape[0]), side="right")
-        return y_RF + jnp.take(self.bias[...], expert_R, axis=0, mode="fill", fill_value=0)
+    @property
+    def matrices(self) -> Matrices:
+        """As arrays."""
+        return Matrices(self.kernel[...], None if self.bias is None else self.bias[...])
 
     def batched(self, x_EBCD: Float[Array, "E B C D"]) -> Float[Array, "E B C F"]:
         """Of the same number of rows for every expert."""
@@ -72,9 +53,8 @@ class Experts(nnx.Module):
 
     def __init__(self, expert: MLP | GatedMLP, num_experts: int, dim: int, *, rngs: nnx.Rngs, depth: int) -> None:
         embed, mlp = ("embed", dim), ("mlp", expert.hidden_dim)
-        self.activation = expert.activation
-        self.dropout = expert.dropout
         gated = isinstance(expert, GatedMLP)
+        self.hidden = Hidden(expert.activation, gated, expert.dropout)
         self.gate = StackedDense(num_experts, embed, mlp, bias=expert.bias, rngs=rngs) if gated else None
         self.up = StackedDense(num_experts, embed, mlp, bias=expert.bias, rngs=rngs)
         gain = 1 / math.sqrt(2 * depth)
@@ -87,7 +67,7 @@ class Experts(nnx.Module):
 
     def draw(self, key: jax.Array | None, choice: Int[Array, "..."]) -> Draw | None:
         """Dropout by this key; None where there is none."""
-        if key is None or self.dropout == 0.0:
+        if key is None or self.hidden.dropout == 0.0:
             return None
         return Draw(jax.random.bits(key, (2,), jnp.uint32), choice, jnp.arange(self.up.kernel.shape[2]))
 
@@ -95,17 +75,12 @@ class Experts(nnx.Module):
         self, x_RD: Float[Array, "R D"], sizes_E: Int[Array, "E"], draw: Draw | None = None
     ) -> Float[Array, "R D"]:
         """Of rows sorted by expert; those beyond the groups give zeros."""
-        return self._mlp(x_RD, lambda dense, x: dense.grouped(x, sizes_E), draw)
+        first = (self.up,) if self.gate is None else (self.gate, self.up)
+        matrices = tuple(dense.matrices for dense in first)
+        return grouped_mlp(self.hidden, x_RD, matrices, self.down.matrices, sizes_E, draw)
 
     def batched(self, x_EBCD: Float[Array, "E B C D"], draw: Draw | None = None) -> Float[Array, "E B C D"]:
         """Of the same number of rows for every expert."""
-        return self._mlp(x_EBCD, lambda dense, x: dense.batched(x), draw)
-
-    def _mlp(self, x: jax.Array, apply: Apply, draw: Draw | None) -> jax.Array:
-        act = ACTIVATIONS[self.activation]
-        h = apply(self.up, x)
-        h = act(h) if self.gate is None else act(apply(self.gate, x)) * h
-        if draw is not None:
-            factor = factor_at(self.dropout, draw.seed, h.shape, draw.choice[..., None], draw.unit_F)
-            h = (h * factor).astype(h.dtype)  # in float32: bfloat16 rounds 1 / 0.9 to 1.109
-        return apply(self.down, h)
+        first = (self.up,) if self.gate is None else (self.gate, self.up)
+        pre = jnp.concatenate([dense.batched(x_EBCD) for dense in first], axis=-1)
+        return self.down.batched(self.hidden(pre, draw))

@@ -7,9 +7,11 @@ Shapes: R rows sorted by expert, E experts, D and F the widths of inputs and out
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 from jaxtyping import Array, Float, Int
 
@@ -18,6 +20,27 @@ from jaxtyping import Array, Float, Int
 # and 3,072 in both types.
 _ROWS, _FEW_ROWS = 512, 128
 _WIDTH, _WIDTH_FLOAT32 = 1024, 512
+
+
+@jax.custom_vjp
+def grouped_matmul(
+    x_RD: Float[Array, "R D"], w_EDF: Float[Array, "E D F"], sizes_E: Int[Array, "E"]
+) -> Float[Array, "R F"]:
+    """Every row times the matrix of its expert; rows beyond the groups give zeros and have no gradient."""
+    return megablox_matmul(x_RD, w_EDF, sizes_E)
+
+
+def _forward(x: jax.Array, w: jax.Array, sizes: jax.Array) -> tuple[jax.Array, Any]:
+    return megablox_matmul(x, w, sizes), (x, w, sizes)
+
+
+def _backward(residuals: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
+    x, w, sizes = residuals
+    dw = megablox_outer(x, dy, sizes).astype(w.dtype)
+    return megablox_matmul_transposed(dy, w, sizes), dw, np.zeros(sizes.shape, jax.dtypes.float0)
+
+
+grouped_matmul.defvjp(_forward, _backward)
 
 # Jitted for their names, as in blocked.py.
 
