@@ -41,7 +41,8 @@ from llmlab.nn.dense import Dense
 from llmlab.nn.dropout import check_rate, dropout, split_key
 from llmlab.sharding import shard
 
-# A query that may see no key at all weighs all keys alike, as in the authors' code: finite, so that it stays defined.
+# Added to the scores of keys that a query may not see. Where it may see none it weighs all alike, as in the authors'
+# code: finite, so that it stays defined.
 _FORBIDDEN = -1e30
 
 
@@ -204,7 +205,7 @@ class TwoStreamLayer(nnx.Module):
             scores_NBQ2 = _product("NBQH,CNH->NBQC", by_segment, self.segments[...].astype(q_NBQH.dtype))
             scores_NBQT += jnp.where(stream.other_BQT, scores_NBQ2[..., 1:], scores_NBQ2[..., :1])
         if stream.allowed_BQT is not None:
-            scores_NBQT = jnp.where(stream.allowed_BQT, scores_NBQT, _FORBIDDEN)
+            scores_NBQT += jnp.where(stream.allowed_BQT, 0.0, _FORBIDDEN)
         weights_NBQT = dropout(jax.nn.softmax(scores_NBQT, axis=-1), self.config.dropout, key).astype(v_BTNH.dtype)
         return jnp.moveaxis(jnp.einsum("NBQT,NBTH->NBQH", weights_NBQT, v_NBTH), 0, 2)
 
