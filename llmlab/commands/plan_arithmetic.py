@@ -109,20 +109,21 @@ class Arithmetic:
             accumulation=accumulation,
             precision=precision,
             num_layers=self.num_layers,
-            logits=self._logits(train.batch_size // accumulation),
+            logits=self._logits(train.batch_size // accumulation, mesh, num_devices),
         )
         return estimate(self.state(optimizer), setting, self.kept(remat, precision), self.kept("none", precision))
 
-    def _logits(self, rows: int) -> int:
+    def _logits(self, rows: int, mesh: Any, num_devices: int) -> int:
         """Elements of a chunk of scores."""
-        from llmlab.objectives.cross_entropy import default_chunk
         from llmlab.objectives.tokens import TokenObjective
+        from llmlab.training.program import chunk
 
         objective, length = self.experiment.objective, self.experiment.train.sequence_length
         if not isinstance(objective, TokenObjective) or length is None:
             return 0
-        chunk = objective.chunk or default_chunk(max(1, rows), self.model.vocab_size, "gpu")
-        return rows * min(chunk, length) * self.model.vocab_size
+        sizes = mesh.resolve(num_devices)
+        positions = objective.chunk or chunk(rows, self.model.vocab_size, "gpu", mesh.table, sizes)
+        return rows * min(positions, length) * self.model.vocab_size
 
 
 def with_remat(model: Any, remat: str) -> Any:

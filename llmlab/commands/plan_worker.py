@@ -4,7 +4,6 @@ It is a process of its own because libtpu must not meet the caller's backend, be
 of the answer, and because several compile at once. A request is an experiment's config with its file, never a pickle.
 """
 
-import dataclasses
 import json
 import sys
 from dataclasses import dataclass
@@ -73,19 +72,7 @@ def program_of(experiment: "Experiment", devices: Any) -> "Program":
 
     model, batch = settled(experiment)
     placement = experiment.mesh.build(devices)
-    objective = chunked(experiment.objective, model, experiment.train)
-    return Program.build(model, objective, experiment.optimizer, placement, experiment.train, batch)
-
-
-def chunked(objective: Any, model: Any, train: Any) -> Any:
-    """The objective with the chunk that it would choose on an accelerator, where it chooses by jax's own backend."""
-    from llmlab.objectives.cross_entropy import default_chunk
-    from llmlab.objectives.tokens import TokenObjective
-
-    if not isinstance(objective, TokenObjective) or objective.chunk is not None:
-        return objective
-    rows = max(1, train.batch_size // train.accumulation)
-    return dataclasses.replace(objective, chunk=default_chunk(rows, model.vocab_size, "tpu"))
+    return Program.build(model, experiment.objective, experiment.optimizer, placement, experiment.train, batch)
 
 
 def settled(experiment: "Experiment") -> tuple[Any, dict[str, Any]]:

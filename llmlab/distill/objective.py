@@ -12,7 +12,8 @@ teacher's forward pass. "loss" stays the plain loss of `base`, so that a student
 trained without a teacher; "distillation" is what is minimised.
 """
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,9 @@ class Distill(Objective):
     @property
     def plain(self) -> Objective:
         return self if self.base is None else self.base
+
+    def chunked(self, choose: Callable[[], int]) -> "Distill":
+        return self if self.base is None else dataclasses.replace(self, base=self.base.chunked(choose))
 
     @property
     def asks_the_head(self) -> bool:

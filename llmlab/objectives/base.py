@@ -6,6 +6,7 @@ as the parts count different numbers of tokens. Training divides once, by the co
 
 import abc
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -76,6 +77,10 @@ class Objective(abc.ABC):
     def check_tokenizer(self, tokenizer: Any) -> None:
         """Raises a ValueError for a tokenizer, now built, that it cannot be used with."""
         return
+
+    def chunked(self, choose: Callable[[], int]) -> "Objective":
+        """With as many positions scored at once as `choose` says, where it scores in chunks and does not say itself."""
+        return self
 
     def companion(self, model: Any) -> Companion | None:
         """What it brings along to train this model config, its vocabulary settled; None for most."""

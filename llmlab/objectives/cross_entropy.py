@@ -149,16 +149,18 @@ def weights_of(
     return counted if weights is None else counted * weights.astype(jnp.float32)
 
 
-def default_chunk(batch_size: int, vocab_size: int, platform: str) -> int:
+def default_chunk(batch_size: int, vocab_size: int, platform: str, *, sharers: int = 1) -> int:
     """Positions of every row that are scored at once where nothing else is asked for.
 
     Args:
         batch_size: rows, over all devices.
-        vocab_size: entries that the head scores.
+        vocab_size: entries that a device scores.
         platform: "cpu", or any other for an accelerator.
+        sharers: devices that share the positions of a batch. A chunk fills the memory of each: smaller ones would be
+            more, and every chunk's gradient of the head is summed over the devices.
     """
     elements, tokens = _CHUNK.get(platform, _CHUNK_ACCELERATOR)
-    return math.ceil(max(elements // vocab_size, tokens) / batch_size)
+    return math.ceil(sharers * max(elements // vocab_size, tokens) / batch_size)
 
 
 def _in_chunks(

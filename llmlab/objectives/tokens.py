@@ -12,6 +12,8 @@ Which labels there are is the data's affair (`llmlab.data`, whose corruptions ma
 asked for `hidden_states(...)`, the states from which its head `project` scores the vocabulary.
 """
 
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -48,6 +50,9 @@ class TokenObjective(Objective):
             raise ValueError(f"z_loss={self.z_loss} is negative; 0 is none, 1e-4 is usual")
         if self.chunk is not None and self.chunk < 1:
             raise ValueError(f"chunk={self.chunk} is not positive; None chooses one")
+
+    def chunked(self, choose: Callable[[], int]) -> "TokenObjective":
+        return self if self.chunk is not None else dataclasses.replace(self, chunk=choose())
 
     def loss(self, model: Any, batch: Batch, *, key: jax.Array | None = None) -> LossParts:
         """Sums over the batch.

@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from jaxtyping import Int64
 from llmlab.nn.module import Params, draw, merge, num_parameters
 from llmlab.objectives import Batch, LossParts, Objective
 from llmlab.objectives.companion import LEARNED, Companion, apart
+from llmlab.objectives.cross_entropy import default_chunk
 from llmlab.optim import Optimizer
 from llmlab.sharding import Placement
 from llmlab.sharding.pipeline import AXIS
@@ -89,6 +91,12 @@ class Program:
             ValueError: the objective brings along what this mesh cannot train with.
         """
         graphdef, shapes, axes = model.abstract()
+        num_rows, platform = len(next(iter(batch.values()))), placement.mesh.devices.flat[0].platform
+        objective = objective.chunked(
+            lambda: chunk(
+                num_rows // train.accumulation, model.vocab_size, platform, placement.rules, placement.mesh.shape
+            )
+        )
         companion = objective.companion(model)
         if companion is not None and placement.mesh.shape[AXIS] > 1:
             raise ValueError(
@@ -322,6 +330,26 @@ def _what_is_compiled(
         train.offload_optimizer,
     )
     return model, objective, rule, placement, settings, shapes
+
+
+def chunk(
+    num_rows: int, vocab_size: int | None, platform: str, rules: Mapping[str, Sequence[str]], sizes: Mapping[str, int]
+) -> int:
+    """Positions of every row whose scores fit every device well.
+
+    Args:
+        num_rows: of a batch, or of a part that is accumulated, over all devices.
+        vocab_size: of the model; None for one that scores no tokens.
+        platform: of the devices.
+        rules: logical axis name to mesh axes.
+        sizes: devices of the mesh axes.
+    """
+
+    def ways(name: str) -> int:
+        return math.prod(sizes[axis] for axis in rules.get(name, ()))
+
+    entries = -(-(vocab_size or 1) // ways("vocab"))
+    return default_chunk(max(1, num_rows), entries, platform, sharers=ways("batch") * ways("sequence"))
 
 
 def _frozen(companion: Companion | None, train: Train, placement: Placement) -> Any:
