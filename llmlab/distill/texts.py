@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from llmlab import buckets
+from llmlab.data.dataset import Dataset
 from llmlab.data.pairs import Pairs
+from llmlab.data.sources import Report
 from llmlab.data.store import default_cache_dir
 from llmlab.infer.beam import beam_search
 from llmlab.infer.generate import generate
@@ -148,6 +150,27 @@ class TeacherTexts(Pairs):
 
         return [*super().content(), digest(self.teacher), repr(self.decoding), self.written_length]
 
+    def build(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        sequence_length: int | None,
+        batch_size: int,
+        seed: int,
+        cache_dir: Path | None = None,
+        report: Report | None = None,
+    ) -> Dataset:
+        if report is not None:  # minutes, where nothing is written yet
+            teacher_texts(self, [source for source, _ in super().read()[0]], report)
+        return super().build(
+            tokenizer,
+            sequence_length=sequence_length,
+            batch_size=batch_size,
+            seed=seed,
+            cache_dir=cache_dir,
+            report=report,
+        )
+
     def read(self) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
         train, validation = super().read()
         sources = [source for source, _ in train]
@@ -156,7 +179,7 @@ class TeacherTexts(Pairs):
 
 
 def teacher_texts(
-    data: TeacherTexts, sources: Sequence[str], progress: Callable[[int, int], None] = lambda done, total: None
+    data: TeacherTexts, sources: Sequence[str], report: Report = lambda done, total, what: None
 ) -> list[str]:
     """What the teacher writes for each source, from the disk where it was written before.
 
@@ -175,9 +198,10 @@ def teacher_texts(
         folder.mkdir(parents=True, exist_ok=True)
         write = _writer(data)
         for first in missing:
-            progress(first, len(sources))
+            report(first, len(sources), "texts of the teacher")
             texts = write(sources[first : first + _PART], first)
             write_json(folder / f"{first:08d}.json", {"texts": texts})
+        report(len(sources), len(sources), "texts of the teacher")
     return [text for first in parts for text in _read(folder, first) or []]
 
 

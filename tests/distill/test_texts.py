@@ -134,6 +134,17 @@ def test_texts_are_written_once_and_an_interrupted_writer_goes_on(
     assert asked == [0, 4, 8, 4]
 
 
+def test_building_the_data_tells_how_far_the_teacher_is(files: Path, translator: str, monkeypatch: Any) -> None:
+    monkeypatch.setattr(texts_module, "_PART", 4)
+    told: list[tuple[int, int | None, str]] = []
+    drawn = data(files, translator, decoding=Sampled(seed=6))
+    sources = [source for source, _ in drawn.plain.read()[0]]
+    tokenizer = llmlab.load_tokenizer(translator)
+    drawn.build(tokenizer, sequence_length=8, batch_size=4, seed=0, report=lambda *progress: told.append(progress))
+    done = [number for number, total, what in told if what == "texts of the teacher" and total == len(sources)]
+    assert done == [*range(0, len(sources), 4), len(sources)]
+
+
 def test_draws_are_the_seeds_own_and_fingerprints_know_the_decoding(files: Path, translator: str) -> None:
     sources = [f"w{i}" for i in range(8)]
     a, b = (teacher_texts(data(files, translator, decoding=Sampled(seed=seed)), sources) for seed in (0, 1))
