@@ -12,9 +12,9 @@ Result   supported: BLEU 37.0 against 35.1, +1.9 [+1.1, +2.3], 3 pairs of seeds 
          1.21 million and BLEU 37.3 on the whole test set): results/translation/
 
 The data are Multi30k's pairs of sentences (Elliott et al. 2016, 1605.00459); BLEU is sacrebleu's of greedy translations
-of the first 500 sentences of the 2016 test set against those of people, in both arms. Validation is on people's targets too, where the
-student of the teacher ends higher in loss, 1.97 against 1.58 nats a token: it has learned one way to say each thing
-(greedily, which is what BLEU asks for) and gives the others less than people do.
+of the first 500 sentences of the 2016 test set against those of people, in both arms. Validation is on people's targets
+too, where the student of the teacher ends higher in loss, 1.97 against 1.58 nats a token: it has learned one way to say
+each thing (greedily, which is what BLEU asks for) and gives the others less than people do.
 """
 
 from collections.abc import Mapping
