@@ -3,7 +3,7 @@
 Claim    At nano size a step of any family takes at most 1.15 times a plain decoder's step of equal FLOPs.
 Command  python experiments/benchmarks/families.py
 Cost     11 minutes on 2 CPU cores
-Result   holds for 26 of 28; Mixtral is at 1.29 and XLNet at 1.16: results/families_cpu.md
+Result   holds for all 28; nearest to the limit is Mixtral with 1.14: results/families_cpu.md
 
 The families are those of the catalogue, each with its nano preset; a new one appears by itself. A batch is what the
 config says its model is called with (`batch_shapes`), with random numbers and as many random labels as there are
