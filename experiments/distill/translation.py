@@ -8,8 +8,8 @@ Command  llmlab train experiments/finetune/translation_bart.py --out runs/transl
          all where multi30k/ is a folder with {train,val,test}.{de,en}.gz
 Cost     on 2 CPU cores: the teacher 14 minutes, its translations of 29,000 sentences 7 minutes, once, and 2 arms x 3
          seeds of 3 minutes
-Result   supported: BLEU 37.0 against 35.1, +1.9 [+1.1, +2.3], 3 pairs of seeds (0.75 million parameters; the teacher has
-         1.21 million and BLEU 37.8 on the whole test set): results/translation/
+Result   supported: BLEU 37.0 against 35.1, +1.9 [+1.1, +2.3], 3 pairs of seeds (0.75 million parameters; the teacher
+         has 1.21 million and BLEU 37.8 on the whole test set): results/translation/
 
 The data are Multi30k's pairs of sentences (Elliott et al. 2016, 1605.00459); BLEU is sacrebleu's of greedy translations
 of the first 500 sentences of the 2016 test set against those of people, in both arms. Validation is on people's targets

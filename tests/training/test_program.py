@@ -14,7 +14,7 @@ from llmlab.sharding.rules import DEFAULT_RULES
 from llmlab.training.config import Train
 from llmlab.training.program import Program, chunk
 
-ONE = dict.fromkeys(("pipeline", "data", "fsdp", "expert", "sequence", "tensor"), 1)
+ONE: dict[str, int] = dict.fromkeys(("pipeline", "data", "fsdp", "expert", "sequence", "tensor"), 1)
 
 
 def test_a_device_scores_as_many_positions_at_once_whatever_it_shares_a_batch_with() -> None:

@@ -310,7 +310,6 @@ Absent = Literal["fill", "promise_in_bounds"]
 """What an index beyond the rows gives: zeros, or there is none."""
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
 def gather_rows(
     x_ND: Float[Array, "N D"], index_M: Int[Array, "M"], inverse_NJ: Int[Array, "N J"], absent: Absent = "fill"
 ) -> Float[Array, "M D"]:
@@ -322,22 +321,23 @@ def gather_rows(
         inverse_NJ: all the results that each row is, M for none: where its gradient comes from.
         absent: "promise_in_bounds" where none is none, which is faster.
     """
-    return _taken(x_ND, index_M, absent)
+    return _gathered(absent, x_ND, index_M, inverse_NJ)
+
+
+def _gather(absent: Absent, x_ND: jax.Array, index_M: jax.Array, inverse_NJ: jax.Array) -> jax.Array:
+    return x_ND.at[index_M].get(mode=absent, fill_value=0)
 
 
 def _gather_forward(
-    x_ND: jax.Array, index_M: jax.Array, inverse_NJ: jax.Array, absent: Absent
+    absent: Absent, x_ND: jax.Array, index_M: jax.Array, inverse_NJ: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    return _taken(x_ND, index_M, absent), inverse_NJ
+    return _gather(absent, x_ND, index_M, inverse_NJ), inverse_NJ
 
 
 def _gather_backward(absent: Absent, inverse_NJ: jax.Array, dy_MD: jax.Array) -> tuple[jax.Array, None, None]:
-    dx_NJD = _taken(dy_MD, inverse_NJ, absent)
+    dx_NJD = dy_MD.at[inverse_NJ].get(mode=absent, fill_value=0)
     return jnp.sum(dx_NJD, axis=1, dtype=jnp.float32).astype(dy_MD.dtype), None, None
 
 
-def _taken(rows: jax.Array, index: jax.Array, absent: Absent) -> jax.Array:
-    return rows.at[index].get(mode=absent, fill_value=0)
-
-
-gather_rows.defvjp(_gather_forward, _gather_backward)
+_gathered = jax.custom_vjp(_gather, nondiff_argnums=(0,))
+_gathered.defvjp(_gather_forward, _gather_backward)
