@@ -6,8 +6,8 @@ Command  llmlab train experiments/finetune/translation_bart.py --out runs/transl
          llmlab distill experiments/distill/translation.py         one pair of runs, and what each model costs
          llmlab ablate experiments/distill/translation.py          pairs of seeds, BLEU and a verdict
          all where multi30k/ is a folder with {train,val,test}.{de,en}.gz
-Cost     on 2 CPU cores: the teacher 14 minutes, its translations of 29,000 sentences 7 minutes, once, and 2 arms x 3
-         seeds of 3 minutes
+Cost     the teacher 14 minutes, its translations of 29,000 sentences 7 minutes, once, and
+         2 arms x 3 seeds of 3 minutes, on 2 CPU cores
 Result   supported: BLEU 37.0 against 35.1, +1.9 [+1.1, +2.3], 3 pairs of seeds (0.75 million parameters; the teacher
          has 1.21 million and BLEU 37.8 on the whole test set): results/translation/
 
