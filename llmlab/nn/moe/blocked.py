@@ -135,11 +135,8 @@ def blocked_mlp_backward(
         return dx_RD, (dinto, dout)
 
     dx_RD, (dinto, dout) = jax.lax.scan(expert, dy_RD, jnp.arange(num_experts))
-    widths = [matrices.kernel.shape[2] for matrices in first]
-    ends = [sum(widths[: i + 1]) for i in range(len(widths))]
     dfirst = tuple(
-        jax.tree.map(lambda of, end=end, width=width: of[..., end - width : end], dinto)
-        for end, width in zip(ends, widths, strict=True)
+        jax.tree.map(lambda of, i=i: jnp.split(of, len(first), axis=-1)[i], dinto) for i in range(len(first))
     )
     return _without_rows_beyond(dx_RD, ends_E[-1], sizes)[:num_rows], dfirst, dout
 

@@ -65,6 +65,11 @@ class Experts(nnx.Module):
         """How many there are here: on a mesh, of this device."""
         return self.up.kernel.shape[0]
 
+    @property
+    def first(self) -> tuple[StackedDense, ...]:
+        """What reads the rows: the gate, where there is one, and the other."""
+        return (self.up,) if self.gate is None else (self.gate, self.up)
+
     def draw(self, key: jax.Array | None, choice: Int[Array, "..."]) -> Draw | None:
         """Dropout by this key; None where there is none."""
         if key is None or self.hidden.dropout == 0.0:
@@ -75,12 +80,10 @@ class Experts(nnx.Module):
         self, x_RD: Float[Array, "R D"], sizes_E: Int[Array, "E"], draw: Draw | None = None
     ) -> Float[Array, "R D"]:
         """Of rows sorted by expert; those beyond the groups give zeros."""
-        first = (self.up,) if self.gate is None else (self.gate, self.up)
-        matrices = tuple(dense.matrices for dense in first)
+        matrices = tuple(dense.matrices for dense in self.first)
         return grouped_mlp(self.hidden, x_RD, matrices, self.down.matrices, sizes_E, draw)
 
     def batched(self, x_EBCD: Float[Array, "E B C D"], draw: Draw | None = None) -> Float[Array, "E B C D"]:
         """Of the same number of rows for every expert."""
-        first = (self.up,) if self.gate is None else (self.gate, self.up)
-        pre = jnp.concatenate([dense.batched(x_EBCD) for dense in first], axis=-1)
+        pre = jnp.concatenate([dense.batched(x_EBCD) for dense in self.first], axis=-1)
         return self.down.batched(self.hidden(pre, draw))

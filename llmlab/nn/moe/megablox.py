@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 from jaxtyping import Array, Float, Int
 
@@ -34,10 +33,10 @@ def _forward(x: jax.Array, w: jax.Array, sizes: jax.Array) -> tuple[jax.Array, A
     return megablox_matmul(x, w, sizes), (x, w, sizes)
 
 
-def _backward(residuals: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
+def _backward(residuals: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array, None]:
     x, w, sizes = residuals
     dw = megablox_outer(x, dy, sizes).astype(w.dtype)
-    return megablox_matmul_transposed(dy, w, sizes), dw, np.zeros(sizes.shape, jax.dtypes.float0)
+    return megablox_matmul_transposed(dy, w, sizes), dw, None
 
 
 grouped_matmul.defvjp(_forward, _backward)
