@@ -80,11 +80,13 @@ def _folder(arguments: argparse.Namespace) -> Path:
 def _run(ablation: "Ablation", arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     from llmlab.commands.ablate_board import Board
     from llmlab.data.store import default_cache_dir
+    from llmlab.sharding.xla_flags import leave_out_absent_tpu
     from llmlab.study.conduct import Conduct
     from llmlab.study.report import ablation as report
     from llmlab.training import compilation_cache
     from llmlab.training.faults import Interrupted, exit_if_busy
 
+    leave_out_absent_tpu()
     compilation_cache.enable(default_cache_dir())
     path: Path = arguments.file
     folder = _folder(arguments)

@@ -63,10 +63,12 @@ def _compare(arguments: argparse.Namespace, flags: Sequence[str]) -> int:
     from llmlab.data.store import default_cache_dir
     from llmlab.display.terminal import terminal_report
     from llmlab.distill import gains
+    from llmlab.sharding.xla_flags import leave_out_absent_tpu
     from llmlab.training import compilation_cache
     from llmlab.training.directory import write_json, write_text
     from llmlab.training.report import NullReport
 
+    leave_out_absent_tpu()
     path: Path = arguments.experiment
     experiment = _read(path, flags, f"llmlab distill {path}")
     jobs = {"student": experiment, "scratch": gains.without_teacher(experiment)}
@@ -121,8 +123,10 @@ def _write_cache(arguments: argparse.Namespace, flags: Sequence[str]) -> int:
     from llmlab.distill.cache import Cache
     from llmlab.distill.objective import Distill
     from llmlab.distill.writing import write_cache
+    from llmlab.sharding.xla_flags import leave_out_absent_tpu
     from llmlab.training import compilation_cache
 
+    leave_out_absent_tpu()
     path: Path = arguments.experiment
     experiment = _read(path, flags, f"llmlab distill cache {path}")
     objective = experiment.objective

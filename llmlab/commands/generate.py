@@ -33,13 +33,15 @@ def main(argv: Sequence[str]) -> int:
     """Runs `llmlab generate`."""
     arguments = _parser().parse_args(argv)
     prompt, sampling, constraint = _prompt(arguments), _sampling(arguments), _constraint(arguments)
-    strategy = _strategy(arguments, sampling)
 
     import jax.numpy as jnp
 
     import llmlab
     from llmlab.models.encoder_decoder import EncoderDecoder
+    from llmlab.sharding.xla_flags import leave_out_absent_tpu
 
+    leave_out_absent_tpu()
+    strategy = _strategy(arguments, sampling)
     check_offload_layers(arguments.model, arguments.offload_layers)
     model: Any = offloaded(llmlab.load(arguments.model, host=arguments.offload_layers > 0), arguments.offload_layers)
     tokenizer = llmlab.load_tokenizer(arguments.model)

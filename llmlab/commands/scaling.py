@@ -67,11 +67,13 @@ def _run(study: "Scaling | Transfer", runs: "Mapping[str, Experiment]", argument
 
     from llmlab.commands.study_board import Board
     from llmlab.data.store import default_cache_dir
+    from llmlab.sharding.xla_flags import leave_out_absent_tpu
     from llmlab.study.work import execute
     from llmlab.training import compilation_cache
     from llmlab.training.directory import write_json
     from llmlab.training.faults import Interrupted, exit_if_busy
 
+    leave_out_absent_tpu()
     compilation_cache.enable(default_cache_dir())
     folder: Path = arguments.out
     folder.mkdir(parents=True, exist_ok=True)

@@ -48,8 +48,10 @@ def open_model(arguments: argparse.Namespace, config: "ServerConfig", engine_con
     from llmlab.infer.server.embedder import Embedder
     from llmlab.infer.server.templates import ChatTemplate
     from llmlab.nn.module import split
+    from llmlab.sharding.xla_flags import leave_out_absent_tpu
     from llmlab.training import compilation_cache
 
+    leave_out_absent_tpu()
     compilation_cache.enable(default_cache_dir())
     tell(f"load {arguments.model}")
     tokenizer = llmlab.load_tokenizer(arguments.model)

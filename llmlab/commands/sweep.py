@@ -72,10 +72,12 @@ def _run(prepared: "Prepared", workers: int, again: str, *, as_json: bool) -> in
 
     from llmlab.commands.study_board import Board
     from llmlab.data.store import default_cache_dir
+    from llmlab.sharding.xla_flags import leave_out_absent_tpu
     from llmlab.study.sweep_results import write_results
     from llmlab.training import compilation_cache
     from llmlab.training.faults import Interrupted, exit_if_busy
 
+    leave_out_absent_tpu()
     compilation_cache.enable(default_cache_dir())
     folder = prepared.place.folder
     total = prepared.search.trials if prepared.search is not None else None

@@ -92,6 +92,14 @@ def added(platform: Platform, environment: Mapping[str, str]) -> dict[str, str]:
     return {flags.variable: " ".join([*new, *before.split()])} if new else {}
 
 
+def leave_out_absent_tpu() -> None:
+    """Keeps an installed libtpu from looking for a TPU where there is none, and from complaining at length. To be
+    called before jax touches a device."""
+    platform = expected_platform(os.environ)
+    if platform == "cpu" and not os.environ.get("JAX_PLATFORMS") and importlib.util.find_spec("libtpu") is not None:
+        jax.config.update("jax_platforms", "cpu")
+
+
 def apply(choice: Choice | None = None) -> None:
     """Sets the flags of this machine's platform. To be called before jax touches a device.
 
@@ -101,9 +109,8 @@ def apply(choice: Choice | None = None) -> None:
     Raises:
         ValueError: LLMLAB_XLA_FLAGS is neither.
     """
+    leave_out_absent_tpu()
     platform = expected_platform(os.environ)
-    if platform == "cpu" and not os.environ.get("JAX_PLATFORMS") and importlib.util.find_spec("libtpu") is not None:
-        jax.config.update("jax_platforms", "cpu")  # an installed libtpu would look for a TPU, and complain at length
     chosen = choice or os.environ.get(VARIABLE) or "default"
     if chosen not in ("default", "none"):
         raise ValueError(f"{VARIABLE}={chosen} is neither default nor none; flags themselves go into XLA_FLAGS")

@@ -96,10 +96,12 @@ def test_the_tpu_compiler_knows_every_flag() -> None:
     assert TABLE["tpu"].variable == "LIBTPU_INIT_ARGS"
 
 
-def test_an_installed_libtpu_does_not_complain_where_there_is_no_tpu() -> None:
+@pytest.mark.parametrize("call", ["apply", "leave_out_absent_tpu"])
+def test_an_installed_libtpu_does_not_complain_where_there_is_no_tpu(call: str) -> None:
     if importlib.util.find_spec("libtpu") is None or has_tpu():
         pytest.skip("libtpu is not installed, or there is a TPU")
-    program = "from llmlab.sharding import xla_flags; xla_flags.apply(); import jax; print(jax.default_backend())"
+    program = "from llmlab.sharding import xla_flags; xla_flags.CALL(); import jax; print(jax.default_backend())"
+    program = program.replace("CALL", call)
     environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["cpu"] or expected_platform({}) == "gpu"
