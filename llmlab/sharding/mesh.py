@@ -45,7 +45,7 @@ class Mesh:
     expert: int = 1
     """Experts of a mixture spread out; its devices share the batch."""
     pipeline: int = 1
-    """Layers spread out."""
+    """Layers spread out, and the vocabulary shared by all stages."""
     zero: Zero = 3
     """What fsdp splits (ZeRO): 1 the optimizer's state, 2 gradients too, 3 parameters too."""
     context: Context = "ring"

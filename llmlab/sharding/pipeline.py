@@ -1,184 +1,68 @@
-"""Pipeline schedules: which stage works on which part of the batch, and when (Huang et al. 2019, 1811.06965).
+"""A pipeline: layers spread over stages, parts of the batch going through them by a schedule.
 
-S stages hold the layers, M parts of the batch go through them one behind the other. Every device runs the same
-program, a loop of ticks; in a tick each stage works on the part that has reached it and hands the result on.
+The loop over ticks is one program for all devices. In a tick (llmlab.sharding.schedule says whose turn it is):
 
-    F1 F2 F3 F4                      forward of parts 1 to 4 in stage 1
-       F1 F2 F3 F4                   the same in stage 2, a tick later: what stands empty is the bubble
+    enter    a part meets what comes before the layers, embedding above all
+    chunk    every stage applies its layers to the part that it has: `shard_map` over the pipeline axis
+    leave    a part that has left the last stage meets what comes after: norm, head, loss
 
-    gpipe   all forward passes, then (by automatic differentiation) all backward passes. Between them every part's
-            activations wait: memory grows with M.
-    1f1b    a part's backward pass begins as soon as its forward pass has left the last stage (Narayanan et al. 2019,
-            1806.03377), so at most 2 S - 1 inputs of a stage wait, however many parts there are. A stage keeps the
-            input and computes the rest again when the backward pass arrives.
-
-Interleaving (Narayanan et al. 2021, 2104.04473, section 2.2) gives every stage v chunks of layers, not one: chunk c of
-stage s holds layers number c S + s, and a part goes around v times. The bubble, (S - 1) / (v M + S - 1) of the time,
-shrinks; v times as many activations travel. It needs M divisible by S.
-
-Ticks are numbered t. With N = M v units of work a stage (a unit is one part in one chunk), stage s does unit t - s of
-the forward pass and unit t - T0 - (S - 1 - s) of the backward pass, T0 = v S - 1: when the last chunk has its first
-part. Units are ordered in groups of S parts: (group g, chunk c, member i of the group) is g v S + c S + i forward; in
-the backward pass the chunks of a group run from last to first. What falls outside 0 ... N - 1 is computed all the same,
-on whatever is there, and is masked in what is kept: the gradient and the loss.
+In most pipelines the first stage holds the embedding and the last the head, which is the work of several layers: the
+other stages wait for it in every tick, and the one has more to hold than its neighbours. Here both belong to all stages
+together. What enters and what leaves is outside of the map, where the rules of placement hold as everywhere: the
+vocabulary is split over the pipeline axis too, so every stage has a share of the table, of its optimizer state and of
+every part's scores (Yeung et al. 2024, 2411.05288). The price is one part's activations summed over the stages twice a
+tick.
 
 Cost: M v + S - 1 ticks of a forward and a backward chunk; 1f1b computes every stage's forward pass twice. Memory, per
 device and in units of a stage's input: 2 v S - 1 for 1f1b.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from llmlab.sharding.rules import Placement
+from llmlab.sharding.schedule import Schedule
 
 AXIS = "pipeline"
 Tree = Any
 
 
-@dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """Stages, parts and chunks."""
-
-    stages: int
-    """S, devices along the pipeline."""
-    parts: int
-    """M, parts of the batch."""
-    interleave: int = 1
-    """v, chunks of layers that a stage has."""
-
-    def __post_init__(self) -> None:
-        if self.interleave > 1 and self.parts % self.stages:
-            below = self.parts // self.stages * self.stages
-            raise ValueError(
-                f"train.accumulation={self.parts} is not divisible by mesh.pipeline={self.stages}, which "
-                f"mesh.interleave={self.interleave} asks for; use {f'{below} or ' if below else ''}"
-                f"{below + self.stages}, or mesh.interleave=1"
-            )
-
-    @property
-    def units(self) -> int:
-        """N, units of work of a stage."""
-        return self.parts * self.interleave
-
-    @property
-    def ticks(self) -> int:
-        """Ticks from the first unit of the first stage to the last unit of the last."""
-        return self.units + self.stages - 1
-
-    @property
-    def delay(self) -> int:
-        """T0, the tick of the first backward unit."""
-        return self.interleave * self.stages - 1
-
-    @property
-    def bubble(self) -> float:
-        """Share of the time that a stage stands idle, (S - 1) / (v M + S - 1)."""
-        return (self.stages - 1) / self.ticks
-
-    def forward_unit(self, tick: jax.Array, stage: jax.Array | int) -> "Unit":
-        """What a stage computes forward in a tick."""
-        number = tick - stage
-        q = jnp.clip(number, 0, self.units - 1)
-        group, rest = jnp.divmod(q, self.interleave * self.stages)
-        chunk, member = jnp.divmod(rest, self.stages)
-        return Unit(group * self.stages + member, chunk, number, (number >= 0) & (number < self.units))
-
-    def backward_unit(self, tick: jax.Array, stage: jax.Array | int) -> "Unit":
-        """What a stage computes backward in a tick; `number` is that of the same unit in the forward pass."""
-        w = tick - self.delay - (self.stages - 1 - stage)
-        q = jnp.clip(w, 0, self.units - 1)
-        group, rest = jnp.divmod(q, self.interleave * self.stages)
-        backwards, member = jnp.divmod(rest, self.stages)
-        chunk = self.interleave - 1 - backwards
-        number = (group * self.interleave + chunk) * self.stages + member
-        return Unit(group * self.stages + member, chunk, number, (w >= 0) & (w < self.units))
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Unit:
-    """One part in one chunk of a stage."""
-
-    part: jax.Array
-    chunk: jax.Array
-    number: jax.Array
-    """In the order of the stage's forward pass."""
-    real: jax.Array
-    """Whether there is such a unit at all."""
-
-
 @dataclass(frozen=True)
 class Work:
-    """What goes through the pipeline. A part's `given` holds what a gradient is wanted of, `fixed` all else.
+    """What is done to a part, of which `given` holds what a gradient is wanted of, and `fixed` all else.
 
-    empty: (shared, given, fixed) -> x, of which only the shapes matter.
-    chunk: (shared, given, fixed, layers, x, number) -> x, a chunk's layers; its number counts from the first layers,
-        and number 0 takes what enters in place of x.
+    enter: (shared, given, fixed) -> x, before the first chunk.
+    chunk: (given, fixed, layers, x, number) -> x, a chunk's layers; its number counts from the first layers.
     leave: (shared, given, fixed, x) -> (loss, sums), after the last chunk.
     """
 
-    empty: Callable[..., Tree]
+    enter: Callable[..., Tree]
     chunk: Callable[..., Tree]
     leave: Callable[..., tuple[jax.Array, Tree]]
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Inputs:
     """Arrays of a pipeline."""
 
     shared: Tree
-    """Parameters that all stages may look at."""
+    """Parameters for entering and leaving."""
     layers: Tree
-    """Parameters of the layers, (v, S, layers of a chunk, ...)."""
+    """Parameters of the layers, (S, v, layers of a chunk, ...)."""
     given: Tree
     """(M, ...) of floats."""
     fixed: Tree
     """(M, ...)."""
 
-
-def loss(work: Work, inputs: Inputs, schedule: Schedule, placement: Placement, *, remat: bool) -> tuple[Any, Tree]:
-    """Loss and sums over all parts, forward pass only; its gradient is the gpipe schedule.
-
-    Args:
-        work: what goes through.
-        inputs: the arrays.
-        schedule: stages and parts.
-        placement: the mesh.
-        remat: whether the backward pass computes a tick again from what entered it.
-    """
-
-    def run(shared: Tree, layers: Tree, given: Tree, fixed: Tree) -> Tree:
-        stage = jax.lax.axis_index(AXIS)
-        mine = jax.tree.map(lambda x: x[:, 0], layers)
-
-        def tick(carry: tuple[Tree, Tree], t: jax.Array) -> tuple[tuple[Tree, Tree], None]:
-            x, sums = carry
-            unit = schedule.forward_unit(t, stage)
-            part = _take((given, fixed), unit.part)
-            number = unit.chunk * schedule.stages + stage
-            y = work.chunk(shared, *part, _take(mine, unit.chunk), x, number)
-            # The predicate is the last stage's, the same on all devices: a branch may hold collectives.
-            last = schedule.forward_unit(t, schedule.stages - 1)
-            leaving = last.real & (last.chunk == schedule.interleave - 1)
-            zeros = _zeros(lambda: work.leave(shared, *part, y))
-            ours = leaving & (stage == schedule.stages - 1)
-            left = jax.lax.cond(leaving, lambda: work.leave(shared, *part, y), lambda: zeros)
-            sums = jax.tree.map(lambda total, new: total + jnp.where(ours, new, 0), sums, left)
-            return (_next(y, 1), sums), None
-
-        first = _take((given, fixed), 0)
-        x = _zeros(lambda: work.empty(shared, *first))
-        sums = _zeros(lambda: work.leave(shared, *first, x))
-        step = jax.checkpoint(tick) if remat else tick
-        (_, sums), _ = jax.lax.scan(step, (x, sums), jnp.arange(schedule.ticks))
-        return jax.tree.map(lambda x: x[None], sums)
-
-    return _summed(_mapped(run, placement, PartitionSpec(AXIS))(*_arguments(inputs)))
+    def part(self, number: jax.Array | int) -> tuple[Tree, Tree]:
+        """What is given of a part, and what is fixed."""
+        return _take((self.given, self.fixed), number)
 
 
 @dataclass(frozen=True)
@@ -190,95 +74,87 @@ class Gradients:
     given: Tree
 
 
+def loss(work: Work, inputs: Inputs, schedule: Schedule, placement: Placement, *, remat: bool) -> tuple[Any, Tree]:
+    """Loss and sums over all parts, forward pass only; its gradient is the gpipe schedule.
+
+    Args:
+        work: what is done to a part.
+        inputs: the arrays.
+        schedule: stages and parts.
+        placement: the mesh.
+        remat: whether the backward pass computes a tick again from what entered it.
+    """
+    # A copy for each stage: a gradient of what all have in common would be summed over them in every tick.
+    given = _copied(inputs.given, placement)
+
+    def chunk(stage: jax.Array, mine: Tree, common: Tree) -> Tree:
+        (layers, x, entering, given), (fixed, t) = mine, common
+        unit = schedule.forward_unit(t, stage)
+        number = unit.chunk * schedule.stages + stage
+        x = _where(number == 0, entering, x)
+        y = work.chunk(*_take((given, fixed), unit.part), _take(layers, unit.chunk), x, number)
+        return y, _next(y, 1)
+
+    def tick(carry: tuple[Tree, Tree], t: jax.Array) -> tuple[tuple[Tree, Tree], None]:
+        x, sums = carry
+        first, last = schedule.forward_unit(t, 0), schedule.forward_unit(t, schedule.stages - 1)
+        entering = work.enter(inputs.shared, *inputs.part(first.part))
+        mine = inputs.layers, x, _copied(entering, placement), given
+        y, x = _on_stages(chunk, placement)(mine, (inputs.fixed, t))
+
+        def leave() -> Tree:
+            return work.leave(inputs.shared, *inputs.part(last.part), _last(y))
+
+        leaving = last.real & (last.chunk == schedule.interleave - 1)
+        left = jax.lax.cond(leaving, leave, lambda: _zeros(leave))
+        return (x, jax.tree.map(jnp.add, sums, left)), None
+
+    first = inputs.part(0)
+    x = _zeros(lambda: work.enter(inputs.shared, *first))
+    sums = _zeros(lambda: work.leave(inputs.shared, *first, x))
+    carry = (_copied(x, placement), sums)
+    return jax.lax.scan(jax.checkpoint(tick) if remat else tick, carry, jnp.arange(schedule.ticks))[0][1]
+
+
 def loss_and_gradients(
     work: Work,
     inputs: Inputs,
     schedule: Schedule,
     placement: Placement,
     *,
-    constrain: Callable[[Tree, Tree], tuple[Tree, Tree]],
+    place_shared: Callable[[Tree], Tree],
+    place_layers: Callable[[Tree], Tree],
 ) -> tuple[jax.Array, Tree, Gradients]:
     """Loss, sums and gradients over all parts by the 1f1b schedule.
 
     Args:
-        work: what goes through.
+        work: what is done to a part.
         inputs: the arrays.
         schedule: stages and parts.
         placement: the mesh.
-        constrain: places gradients of `shared` and of a stage's layers (v, layers of a chunk, ...) on the other axes.
+        place_shared: places gradients of `shared` on the mesh.
+        place_layers: places gradients of a stage's layers (v, layers of a chunk, ...) on its other axes.
     """
-    depth = 2 * schedule.interleave * schedule.stages - 1
-
-    def run(shared: Tree, layers: Tree, given: Tree, fixed: Tree) -> Tree:
-        stage = jax.lax.axis_index(AXIS)
-        mine = jax.tree.map(lambda x: x[:, 0], layers)
-
-        def forward(state: _State, t: jax.Array) -> _State:
-            unit = schedule.forward_unit(t, stage)
-            # No mask: what is computed in vain never meets a place of the ring that is in use.
-            ring = _put(state.ring, jnp.mod(unit.number, depth), state.forward)
-            of_part, number = _take((given, fixed), unit.part), unit.chunk * schedule.stages + stage
-            y = work.chunk(shared, *of_part, _take(mine, unit.chunk), state.forward, number)
-            return _replace(state, ring=ring, forward=_next(y, 1))
-
-        def backward(state: _State, t: jax.Array) -> _State:
-            unit = schedule.backward_unit(t, stage)
-            of_part, of_all = _take((given, fixed), unit.part)
-            x = _take(state.ring, jnp.mod(unit.number, depth))
-            number = unit.chunk * schedule.stages + stage
-
-            def chunk(shared: Tree, of_part: Tree, layers: Tree, x: Tree) -> Tree:
-                return work.chunk(shared, of_part, of_all, layers, x, number)
-
-            y, pull = jax.vjp(chunk, shared, of_part, _take(mine, unit.chunk), x)
-            last = schedule.backward_unit(t, schedule.stages - 1)
-            leaving = last.real & (last.chunk == schedule.interleave - 1)
-            ours = leaving & (stage == schedule.stages - 1)
-            state, d_head = _leave(work, state, (shared, of_part, of_all, y), leaving, ours, unit.part)
-            dy = jax.tree.map(lambda h, b: jnp.where(unit.real, jnp.where(ours, h, b), 0), d_head, state.backward)
-            d_shared, d_given, d_layers, dx = pull(dy)
-            total = state.gradients
-            gradients = Gradients(
-                shared=_add(total.shared, d_shared),
-                layers=_add_at(total.layers, unit.chunk, d_layers),
-                given=_add_at(total.given, unit.part, d_given),
-            )
-            placed = constrain(gradients.shared, gradients.layers)
-            gradients = Gradients(shared=placed[0], layers=placed[1], given=gradients.given)
-            return _replace(state, gradients=gradients, backward=_next(dx, -1))
-
-        first = _take((given, fixed), 0)
-        x = _zeros(lambda: work.empty(shared, *first))
-        shared_zeros, layer_zeros = constrain(_float32_zeros(shared), _float32_zeros(mine))
-        state = _State(
-            forward=x,
-            backward=x,
-            ring=jax.tree.map(lambda x: jnp.zeros((depth, *x.shape), x.dtype), x),
-            gradients=Gradients(shared_zeros, layer_zeros, jax.tree.map(jnp.zeros_like, given)),
-            sums=_zeros(lambda: work.leave(shared, *first, x)),
-        )
-        start, end = schedule.delay, schedule.ticks
-        for body, ticks in (
-            (forward, range(start)),
-            (lambda state, t: backward(forward(state, t), t), range(start, end)),
-            (backward, range(end, end + start)),
-        ):
-            state = jax.lax.scan(lambda state, t, body=body: (body(state, t), None), state, jnp.asarray(ticks))[0]
-        total = state.gradients
-        of_stage = jax.tree.map(lambda x: x[None], (state.sums, total.shared, total.given))
-        return (*of_stage, jax.tree.map(lambda x: x[:, None], total.layers))
-
-    each, layered = PartitionSpec(AXIS), PartitionSpec(None, AXIS)
-    mapped = _mapped(run, placement, (each, each, each, layered))
-    sums, d_shared, d_given, d_layers = mapped(*_arguments(inputs))
-    value, sums = _summed(sums)
-    return value, sums, Gradients(shared=_summed(d_shared), layers=d_layers, given=_summed(d_given))
+    run = _OneForwardOneBackward(work, inputs, schedule, placement, place_shared, place_layers)
+    state, start, end = run.state(), schedule.delay, schedule.ticks
+    for body, ticks in (
+        (lambda state, t: run.forward(state, t)[0], range(start)),
+        (run.both, range(start, end)),
+        (lambda state, t: run.backward(state, _of_one_stage(state.backward), t), range(end, end + start)),
+    ):
+        state = jax.lax.scan(lambda state, t, body=body: (body(state, t), None), state, jnp.asarray(ticks))[0]
+    gradients = Gradients(
+        shared=state.d_shared,
+        layers=state.d_layers,
+        given=jax.tree.map(jnp.add, state.d_given, _summed(state.d_given_to_stages)),
+    )
+    return *state.sums, gradients
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class _State:
-    """What a stage carries from tick to tick."""
+    """What is carried from tick to tick. First dimension: stages, but in the last three."""
 
     forward: Tree
     """What came from the stage before."""
@@ -286,68 +162,179 @@ class _State:
     """The gradient that came from the stage behind."""
     ring: Tree
     """Inputs of forward units whose backward units are still to come."""
-    gradients: Gradients
-    sums: Tree
+    d_layers: Tree
+    d_given_to_stages: Tree
+    """By way of the chunks."""
+    d_shared: Tree
+    d_given: Tree
+    """By way of entering and leaving."""
+    sums: tuple[jax.Array, Tree]
+    """Loss, and the sums."""
 
 
-jax.tree_util.register_dataclass(Gradients, ["shared", "layers", "given"], [])
+@dataclass(frozen=True)
+class _OneForwardOneBackward:
+    """The ticks of the 1f1b schedule."""
 
+    work: Work
+    inputs: Inputs
+    schedule: Schedule
+    placement: Placement
+    place_shared: Callable[[Tree], Tree]
+    place_layers: Callable[[Tree], Tree]
 
-def _leave(
-    work: Work,
-    state: _State,
-    inputs: tuple[Tree, Tree, Tree, Tree],
-    leaving: jax.Array,
-    ours: jax.Array,
-    part: jax.Array,
-) -> tuple[_State, Tree]:
-    """The loss of a part that has left the last chunk, its sums and gradients added; and the gradient of its output.
+    @property
+    def depth(self) -> int:
+        """Places of the ring."""
+        return 2 * self.schedule.interleave * self.schedule.stages - 1
 
-    `leaving` says whether one does now, and is the same on all devices: a branch may hold collectives. `ours` says
-    whether it does so here.
-    """
-    shared, given, fixed, y = inputs
-
-    def leave() -> tuple[Tree, Gradients, Tree]:
-        def value(shared: Tree, given: Tree, y: Tree) -> tuple[jax.Array, Tree]:
-            loss, sums = work.leave(shared, given, fixed, y)
-            return loss, (loss, sums)
-
-        (d_shared, d_given, dy), sums = jax.grad(value, argnums=(0, 1, 2), has_aux=True)(shared, given, y)
-        kept = jax.tree.map(lambda x: jnp.where(ours, x, 0), (sums, d_shared, d_given))
-        total = state.gradients
-        return (
-            jax.tree.map(jnp.add, state.sums, kept[0]),
-            Gradients(_add(total.shared, kept[1]), total.layers, _add_at(total.given, part, kept[2])),
-            dy,
+    def state(self) -> _State:
+        """Before the first tick."""
+        inputs, first = self.inputs, self.inputs.part(0)
+        x = _zeros(lambda: self.work.enter(inputs.shared, *first))
+        sums = _zeros(lambda: self.work.leave(inputs.shared, *first, x))
+        ring = jax.tree.map(lambda x: jnp.zeros((self.depth, *x.shape), x.dtype), x)
+        d_given = jax.tree.map(jnp.zeros_like, inputs.given)
+        copied = _copied((x, x, ring, d_given), self.placement)
+        return _State(
+            forward=copied[0],
+            backward=copied[1],
+            ring=copied[2],
+            d_layers=_float32_zeros(inputs.layers),
+            d_given_to_stages=copied[3],
+            d_shared=self.place_shared(_float32_zeros(inputs.shared)),
+            d_given=d_given,
+            sums=sums,
         )
 
-    def stay() -> tuple[Tree, Gradients, Tree]:
-        return state.sums, state.gradients, jax.tree.map(jnp.zeros_like, y)
+    def forward(self, state: _State, t: jax.Array) -> tuple[_State, Tree]:
+        """Every stage's forward unit; and what its layers gave."""
+        entering = self.work.enter(self.inputs.shared, *self.inputs.part(self.schedule.forward_unit(t, 0).part))
+        mine = self.inputs.layers, state.ring, state.forward
+        common = self.inputs.given, self.inputs.fixed, entering, t
+        ring, y, forward = _on_stages(self._forward_chunk, self.placement)(mine, common)
+        return replace(state, ring=ring, forward=forward), y
 
-    sums, gradients, dy = jax.lax.cond(leaving, leave, stay)
-    return _replace(state, sums=sums, gradients=gradients), dy
+    def both(self, state: _State, t: jax.Array) -> _State:
+        """A forward unit and a backward unit; what leaves the last stage in the one begins the other."""
+        state, y = self.forward(state, t)
+        unit = self.schedule.backward_unit(t, self.schedule.stages - 1)
+
+        def leave() -> tuple[_State, Tree]:
+            return self._leave(state, _last(y), unit.part)
+
+        if self.schedule.interleave == 1:  # a part leaves in each of these ticks
+            state, d_leaving = leave()
+        else:
+            leaving = unit.real & (unit.chunk == self.schedule.interleave - 1)
+            state, d_leaving = jax.lax.cond(leaving, leave, lambda: (state, _of_one_stage(y)))
+        return self.backward(state, d_leaving, t)
+
+    def backward(self, state: _State, d_leaving: Tree, t: jax.Array) -> _State:
+        """Every stage's backward unit; `d_leaving` is the gradient of what has left the last one."""
+        mine = self.inputs.layers, state.ring, state.backward, (state.d_layers, state.d_given_to_stages)
+        common = self.inputs.given, self.inputs.fixed, d_leaving, t
+        totals, backward, d_entering = _on_stages(self._backward_chunk, self.placement)(mine, common)
+        part = self.schedule.backward_unit(t, 0).part
+        of_part, of_all = self.inputs.part(part)
+        _, pull = jax.vjp(lambda *given: self.work.enter(*given, of_all), self.inputs.shared, of_part)
+        d_shared, d_given = pull(_summed(d_entering))
+        return replace(
+            state,
+            backward=backward,
+            d_layers=totals[0],
+            d_given_to_stages=totals[1],
+            d_shared=self.place_shared(_add(state.d_shared, d_shared)),
+            d_given=_add_at(state.d_given, part, d_given),
+        )
+
+    def _forward_chunk(self, stage: jax.Array, mine: Tree, common: Tree) -> Tree:
+        (layers, ring, x), (given, fixed, entering, t) = mine, common
+        unit = self.schedule.forward_unit(t, stage)
+        number = unit.chunk * self.schedule.stages + stage
+        x = _where(number == 0, entering, x)
+        # No mask: what is computed in vain never meets a place of the ring that is in use.
+        ring = _put(ring, jnp.mod(unit.number, self.depth), x)
+        y = self.work.chunk(*_take((given, fixed), unit.part), _take(layers, unit.chunk), x, number)
+        return ring, y, _next(y, 1)
+
+    def _backward_chunk(self, stage: jax.Array, mine: Tree, common: Tree) -> Tree:
+        (layers, ring, dy, (d_layers, d_given)), (given, fixed, d_leaving, t) = mine, common
+        unit = self.schedule.backward_unit(t, stage)
+        number = unit.chunk * self.schedule.stages + stage
+        of_part, of_all = _take((given, fixed), unit.part)
+
+        def chunk(of_part: Tree, layers: Tree, x: Tree) -> Tree:
+            return self.work.chunk(of_part, of_all, layers, x, number)
+
+        x = _take(ring, jnp.mod(unit.number, self.depth))
+        _, pull = jax.vjp(chunk, of_part, _take(layers, unit.chunk), x)
+        leaves = number == self.schedule.interleave * self.schedule.stages - 1
+        more_given, more_layers, dx = pull(_masked(unit.real, _where(leaves, d_leaving, dy)))
+        d_layers = self.place_layers(_add_at(d_layers, unit.chunk, more_layers))
+        d_given = _add_at(d_given, unit.part, more_given)
+        return (d_layers, d_given), _next(dx, -1), _masked(unit.real & (number == 0), dx)
+
+    def _leave(self, state: _State, y: Tree, part: jax.Array) -> tuple[_State, Tree]:
+        """The loss of a part that has left the last stage, its sums and gradients added; the gradient of its output."""
+        of_part, of_all = self.inputs.part(part)
+
+        def value(shared: Tree, of_part: Tree, y: Tree) -> tuple[jax.Array, Tree]:
+            loss, sums = self.work.leave(shared, of_part, of_all, y)
+            return loss, (loss, sums)
+
+        grad = jax.grad(value, argnums=(0, 1, 2), has_aux=True)
+        (d_shared, d_given, dy), sums = grad(self.inputs.shared, of_part, y)
+        return replace(
+            state,
+            sums=jax.tree.map(jnp.add, state.sums, sums),
+            d_shared=self.place_shared(_add(state.d_shared, d_shared)),
+            d_given=_add_at(state.d_given, part, d_given),
+        ), dy
 
 
-def _mapped(run: Callable[..., Tree], placement: Placement, out_specs: Any) -> Callable[..., Tree]:
-    """On every stage's share; the other axes stay with the compiler."""
-    everywhere = PartitionSpec()
+def _on_stages(function: Callable[..., Tree], placement: Placement) -> Callable[..., Tree]:
+    """function(stage, mine, common) on every stage, `mine` and the result having a first dimension of stages outside;
+    axes of the mesh but the pipeline's stay with the compiler."""
+
+    def one(mine: Tree, common: Tree) -> Tree:
+        result = function(jax.lax.axis_index(AXIS), jax.tree.map(lambda x: x[0], mine), common)
+        return jax.tree.map(lambda x: x[None], result)
+
     return jax.shard_map(
-        run,
+        one,
         mesh=placement.mesh,
-        in_specs=(everywhere, PartitionSpec(None, AXIS), everywhere, everywhere),
-        out_specs=out_specs,
+        in_specs=(PartitionSpec(AXIS), PartitionSpec()),
+        out_specs=PartitionSpec(AXIS),
         axis_names={AXIS},
         check_vma=False,  # maps inside (experts, attention) do not say how their outputs vary
     )
 
 
-def _arguments(inputs: Inputs) -> tuple[Tree, Tree, Tree, Tree]:
-    return inputs.shared, inputs.layers, inputs.given, inputs.fixed
+def _copied(tree: Tree, placement: Placement) -> Tree:
+    """One for each stage, and on it."""
+
+    def one(x: jax.Array) -> jax.Array:
+        copies = jnp.broadcast_to(x[None], (placement.mesh.shape[AXIS], *x.shape))
+        spec = PartitionSpec(AXIS, *(PartitionSpec.UNCONSTRAINED,) * x.ndim)
+        return jax.lax.with_sharding_constraint(copies, NamedSharding(placement.mesh, spec))
+
+    return jax.tree.map(one, tree)
 
 
-def _replace(state: _State, **changes: Any) -> _State:
-    return _State(**{**vars(state), **changes})
+def _last(tree: Tree) -> Tree:
+    """The last stage's, for all."""
+
+    def one(x: jax.Array) -> jax.Array:
+        is_last = jnp.arange(x.shape[0]) == x.shape[0] - 1
+        return jnp.where(is_last.reshape(-1, *(1,) * (x.ndim - 1)), x, 0)
+
+    return _summed(jax.tree.map(one, tree))
+
+
+def _summed(tree: Tree) -> Tree:
+    """Over the stages, which are the first dimension. What is summed is not made longer on its way (jnp.sum would)."""
+    return jax.tree.map(lambda x: jax.lax.reduce(x, jnp.zeros((), x.dtype), jax.lax.add, (0,)), tree)
 
 
 def _next(x: Tree, step: int) -> Tree:
@@ -365,6 +352,14 @@ def _put(tree: Tree, index: jax.Array, item: Tree) -> Tree:
     return jax.tree.map(lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, index, 0), tree, item)
 
 
+def _where(condition: jax.Array, tree: Tree, other: Tree) -> Tree:
+    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), tree, other)
+
+
+def _masked(condition: jax.Array, tree: Tree) -> Tree:
+    return jax.tree.map(lambda x: jnp.where(condition, x, 0), tree)
+
+
 def _add(total: Tree, new: Tree) -> Tree:
     return jax.tree.map(lambda t, n: t + n.astype(t.dtype), total, new)
 
@@ -377,6 +372,11 @@ def _add_at(total: Tree, index: jax.Array, new: Tree) -> Tree:
     return jax.tree.map(one, total, new)
 
 
+def _of_one_stage(tree: Tree) -> Tree:
+    """Zeros in the shapes of one stage's."""
+    return jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), tree)
+
+
 def _zeros(function: Callable[[], Tree]) -> Tree:
     """Zeros in the shapes of what a function returns."""
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function))
@@ -385,8 +385,3 @@ def _zeros(function: Callable[[], Tree]) -> Tree:
 def _float32_zeros(tree: Tree) -> Tree:
     # float32: a sum over parts in bfloat16 would lose the small ones
     return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), tree)
-
-
-def _summed(tree: Tree) -> Tree:
-    """Over the stages, which are the first dimension."""
-    return jax.tree.map(lambda x: jnp.sum(x, axis=0), tree)

@@ -2,13 +2,19 @@
 
 A parameter of shape (embed, heads, head_dim) under the default rules becomes PartitionSpec("fsdp", "tensor", None):
 split over fsdp along embed and over tensor along heads. An activation (batch, sequence, embed) becomes
-PartitionSpec(("data", "fsdp", "expert"), "sequence", None): batch has taken fsdp already, and a mesh axis is used once.
+PartitionSpec(("data", "fsdp", "expert"), "sequence", None). A mesh axis is used once in an array, by the dimension
+whose row of the table comes first.
 
+    experts     of parameters, and of tokens that have been sent to their experts
     batch       rows; every axis whose devices have tokens of their own
     sequence    tokens of a row inside a mixer or a feed-forward, where heads and hidden units are split over tensor
     residual    tokens of a row in the residual stream, where norms and additions are: no matrix is split there, so
                 tensor has its share of tokens instead of repeating the work (Korthikanti et al. 2022, 2205.05198)
-    embed       width of the residual stream: of parameters only, as batch has taken fsdp in every activation
+    layers      of parameters that are stacked: the stages of a pipeline
+    vocab       rows of the embedding, columns of the head, scores: what comes before and after the layers belongs to
+                all stages together
+    embed       width of the residual stream, of parameters only: an activation is whole there. Takes the pipeline axis
+                where that does not divide the layers, so that no stage stores more than its share
 
 ZeRO (Rajbhandari et al. 2020, 1910.02054) is which of the state's parts follow the rows that name fsdp: the optimizer's
 state (1), gradients too (2), parameters too (3).
@@ -32,16 +38,16 @@ Context = Literal["ring", "all_to_all"]
 ScheduleName = Literal["1f1b", "gpipe"]
 
 DEFAULT_RULES: Rules = {
+    "experts": ("expert",),
     "batch": ("data", "fsdp", "expert"),
     "sequence": ("sequence",),
     "residual": ("sequence", "tensor"),
-    "embed": ("fsdp",),
-    "vocab": ("tensor",),
+    "layers": ("pipeline",),
+    "vocab": ("tensor", "pipeline"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
-    "experts": ("expert",),
-    "layers": ("pipeline",),
+    "embed": ("fsdp", "pipeline"),
 }
 
 
@@ -139,12 +145,13 @@ def spec(
 ) -> PartitionSpec:
     """PartitionSpec of an array whose dimensions have these logical names.
 
-    A mesh axis serves one dimension, the first that asks. With `shape` and mesh `sizes`, a mesh axis that does not
-    divide its dimension is left out (the dimension is replicated over it), and so is one of a single device.
+    A mesh axis serves one dimension, the one whose row comes first. With `shape` and mesh `sizes`, an axis that does
+    not divide its dimension is left out (the dimension is replicated over it); so is one of a single device.
     """
     taken: set[str] = set()
-    entries: list[str | tuple[str, ...] | None] = []
-    for index, name in enumerate(names):
+    entries: list[str | tuple[str, ...] | None] = [None] * len(names)
+    rows = {name: row for row, name in enumerate(rules)}
+    for index, name in sorted(enumerate(names), key=lambda item: rows.get(item[1] or "", len(rows))):
         axes: list[str] = []
         for axis in rules.get(name, ()) if name is not None else ():
             split = math.prod(sizes[a] for a in (*axes, axis)) if sizes is not None else 1
@@ -154,7 +161,7 @@ def spec(
                 continue
             axes.append(axis)
             taken.add(axis)
-        entries.append(None if not axes else axes[0] if len(axes) == 1 else tuple(axes))
+        entries[index] = None if not axes else axes[0] if len(axes) == 1 else tuple(axes)
     return PartitionSpec(*entries)
 
 
@@ -187,6 +194,7 @@ def active_sharding(shape: tuple[int, ...], *names: str | None) -> NamedSharding
 
 
 def shard(x: jax.Array, *names: str | None) -> jax.Array:
-    """Constrain an activation by its dimensions' logical names; the identity without a mesh of several devices."""
-    sharding = active_sharding(x.shape, *names)
+    """Constrain an activation by its dimensions' logical names, whole along "embed"; the identity without a mesh of
+    several devices."""
+    sharding = active_sharding(x.shape, *(None if name == "embed" else name for name in names))
     return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)

@@ -6,22 +6,24 @@ Nothing in a model or an objective knows of pipelines. The objective's loss is t
     before   up to the stack: embedding, masks, positions. It gives the stack's input and its context.
     after    from the stack's output on: layers beyond the last whole repeat, final norm, head, loss.
 
-Every stage computes `before`, since every layer needs the context, and it is cheap: a lookup. Where it is not, because
-another stack of layers runs first (the encoder of an encoder-decoder, the tower of a vision-language model), it is
-computed beforehand for all parts of the batch at once, the parts spread over the stages. The last stack that the loss
-calls is the one that is cut out.
+`before` gives the first stage its input, and all stages the context, which each computes for itself: masks and
+positions. Where the context takes parameters, or another stack of layers that runs first (the encoder of an
+encoder-decoder, the tower of a vision-language model), `before` is computed beforehand for all parts of the batch at
+once, the parts spread over the stages. The last stack that the loss calls is the one that is cut out.
 
 The parts of the pipeline are those of `train.accumulation`: rows, dropout keys and sums are the same as without a
 pipeline, only when they are computed differs. Repeats of the layers are shared out evenly; where they do not divide,
 the last stages have fewer, and wait for the first.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.interpreters.partial_eval import dce_jaxpr
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from llmlab.nn.config import Context
@@ -29,7 +31,8 @@ from llmlab.nn.module import Axes, Params, merge, native_keys
 from llmlab.nn.stack import Repeats, Stack, cut_by
 from llmlab.objectives import Batch, LossParts, Objective
 from llmlab.sharding import Placement
-from llmlab.sharding.pipeline import AXIS, Inputs, Schedule, Work, loss, loss_and_gradients
+from llmlab.sharding.pipeline import AXIS, Inputs, Work, loss, loss_and_gradients
+from llmlab.sharding.schedule import Schedule
 from llmlab.training.precision import Precision, cast
 
 
@@ -43,6 +46,9 @@ class Anatomy:
     """The stack, apart from its parameters."""
     calls: int
     """Stacks that run before it."""
+    beforehand: bool
+    """Whether what comes before it is computed for all parts at once: it is no lookup, or its context takes parameters.
+    """
 
 
 @dataclass(frozen=True)
@@ -87,8 +93,10 @@ class Pipelined:
             params = cast(params, self.precision)
         work, inputs, schedule, cut = self._prepare(params, parts, keys, factor)
         if by_hand:
-            constrain = self._constrain(cut)
-            sums, gradients = loss_and_gradients(work, inputs, schedule, self.placement, constrain=constrain)[1:]
+            place_shared, place_layers = self._places(cut)
+            sums, gradients = loss_and_gradients(
+                work, inputs, schedule, self.placement, place_shared=place_shared, place_layers=place_layers
+            )[1:]
             d_shared, d_layers, d_given = gradients.shared, gradients.layers, gradients.given
         else:
             remat = cut.repeats.execution.remat != "none"
@@ -98,9 +106,9 @@ class Pipelined:
 
             grad = jax.grad(value, argnums=(0, 1, 2), has_aux=True)
             (d_shared, d_layers, d_given), sums = grad(inputs.shared, inputs.layers, inputs.given)
-        if cut.calls:
+        if cut.beforehand:
             d_shared = jax.tree.map(jnp.add, d_shared, self._pull_back(params, parts, keys, cut, d_given))
-        d_blocks = jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:])[: cut.repeats.num], d_layers)
+        d_blocks = jax.tree.map(lambda x: _brought_together(x, cut.repeats.num), d_layers)
         return jax.tree.map(lambda g: g.astype(jnp.float32), _with(d_shared, cut.path, d_blocks)), sums
 
     def anatomy(self, params: PyTree, part: PyTree, key: Any) -> Anatomy:
@@ -130,7 +138,10 @@ class Pipelined:
                 "mesh.pipeline=1 and another axis, fsdp for instance"
             )
         path, repeats = called[-1]
-        return Anatomy((*path, "blocks"), repeats, len(called) - 1)
+        cut = Anatomy((*path, "blocks"), repeats, len(called) - 1, beforehand=len(called) > 1)
+        shared, blocks = map(_shapes, _without(params, cut.path))
+        of_part = _Parts(self, cut, shared, blocks, 1)
+        return cut if cut.beforehand else replace(cut, beforehand=of_part.context_takes_parameters(part, key))
 
     def _prepare(self, params: Params, parts: Any, keys: Any, factor: Any) -> tuple[Work, Inputs, Schedule, Anatomy]:
         one, key = jax.tree.map(lambda x: x[0], (parts, keys))
@@ -144,14 +155,15 @@ class Pipelined:
                 f"{cut.repeats.num} repeats of the model's layers; use at most {cut.repeats.num} in all"
             )
         shared, blocks = _without(params, cut.path)
-        given, others = _floats(self._beforehand(shared, blocks, parts, keys, cut)) if cut.calls else ({}, {})
+        given, others = _floats(self._beforehand(shared, blocks, parts, keys, cut)) if cut.beforehand else ({}, {})
         fixed = (parts, keys, others, jnp.broadcast_to(jnp.asarray(factor, jnp.float32), (count,)))
         layers = jax.tree.map(lambda x: _shared_out(x, schedule), blocks)
-        return _Parts(self, cut, _shapes(blocks), chunks).work, Inputs(shared, layers, given, fixed), schedule, cut
+        work = _Parts(self, cut, _shapes(shared), _shapes(blocks), chunks).work
+        return work, Inputs(shared, layers, given, fixed), schedule, cut
 
     def _beforehand(self, shared: Params, blocks: Any, parts: Any, keys: Any, cut: Anatomy) -> Any:
         """What comes before the stack for all parts, (M, ...), the parts spread over the stages."""
-        of_part = _Parts(self, cut, _shapes(blocks), 1)
+        of_part = _Parts(self, cut, _shapes(shared), _shapes(blocks), 1)
         spread = jax.tree.leaves(parts)[0].shape[0] % self.placement.mesh.shape[AXIS] == 0
         every = jax.vmap(lambda part, key: of_part.reach(shared, part, key), spmd_axis_name=AXIS if spread else None)
         return every(parts, keys)
@@ -162,8 +174,8 @@ class Pipelined:
         _, pull = jax.vjp(lambda shared: _floats(self._beforehand(shared, blocks, parts, keys, cut))[0], shared)
         return pull(d_given)[0]
 
-    def _constrain(self, cut: Anatomy) -> Any:
-        """Places gradients on the other axes of the mesh: of the shared parameters, and of a stage's layers."""
+    def _places(self, cut: Anatomy) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
+        """What places gradients of the shared parameters, and of a stage's layers (v, layers of a chunk, ...)."""
         shared_axes, layer_axes = _without(self.axes, cut.path)
         where = self.placement.of_gradients
 
@@ -173,7 +185,7 @@ class Pipelined:
 
             return jax.tree.map(one, axes, tree, is_leaf=lambda node: isinstance(node, tuple))
 
-        return lambda shared, layers: (place(shared_axes, shared), place(layer_axes, layers, None))
+        return lambda shared: place(shared_axes, shared), lambda layers: place(layer_axes, layers, None)
 
 
 @dataclass(frozen=True)
@@ -182,6 +194,8 @@ class _Parts:
 
     pipelined: Pipelined
     cut: Anatomy
+    shared: Any
+    """Shapes of the shared parameters."""
     blocks: Any
     """Shapes of the layers' parameters."""
     chunks: int
@@ -189,7 +203,7 @@ class _Parts:
 
     @property
     def work(self) -> Work:
-        return Work(empty=self.empty, chunk=self.chunk, leave=self.leave)
+        return Work(enter=self.enter, chunk=self.chunk, leave=self.leave)
 
     @property
     def size(self) -> int:
@@ -218,29 +232,35 @@ class _Parts:
             return reached.x_BSD, reached.context, reached.key
         raise AssertionError("the stack was not reached, and has been before")
 
+    def context_takes_parameters(self, part: PyTree, key: Any) -> bool:
+        """Whether the stack's context depends on any."""
+        jaxpr = jax.make_jaxpr(lambda shared: self.reach(shared, part, key)[1:])(self.shared).jaxpr
+        return any(dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[1])
+
     def before(self, shared: Params, given: Any, fixed: Any) -> tuple[jax.Array, Context, Any]:
         part, key, others, _ = fixed
-        if not self.cut.calls:
+        if not self.cut.beforehand:
             return self.reach(shared, part, key)
         structure = jax.tree.structure(jax.eval_shape(lambda: self.reach(shared, part, key)))
         leaves = given | others
         return jax.tree.unflatten(structure, [leaves[str(i)] for i in range(len(leaves))])
 
-    def empty(self, shared: Params, given: Any, fixed: Any) -> Any:
+    def enter(self, shared: Params, given: Any, fixed: Any) -> Any:
         x_BSD, context, key = self.before(shared, given, fixed)
         return x_BSD, self.no_reports(x_BSD, context, key)
 
-    def chunk(self, shared: Params, given: Any, fixed: Any, layers: Any, x: Any, number: Int[Array, ""]) -> Any:
-        x_BSD, context, key = self.before(shared, given, fixed)
-        x_BSD = jnp.where(number == 0, x_BSD, x[0])
+    def chunk(self, given: Any, fixed: Any, layers: Any, x: Any, number: Int[Array, ""]) -> Any:
+        # The context does not depend on these parameters, or is given.
+        shared = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.shared)
+        _, context, key = self.before(shared, given, fixed)
         first = number * self.size
-        y_BSD, reports = self.cut.repeats(_listed(cast(layers, self.pipelined.precision)), x_BSD, context, key, first)
+        layers = _listed(cast(layers, self.pipelined.precision))
+        y_BSD, reports = self.cut.repeats(layers, x[0], context, key, first)
 
         def put(everything: jax.Array, mine: jax.Array) -> jax.Array:
             return jax.lax.dynamic_update_slice_in_dim(everything, mine, first, 0)
 
-        before = jax.tree.map(lambda x: jnp.where(number == 0, 0, x), x[1])
-        return y_BSD, jax.tree.map(put, before, reports)
+        return y_BSD, jax.tree.map(put, x[1], reports)
 
     def leave(self, shared: Params, given: Any, fixed: Any, y: Any) -> tuple[jax.Array, LossParts]:
         part, key, _, factor = fixed
@@ -272,11 +292,16 @@ class _Reached(Exception):
 
 
 def _shared_out(x: Array, schedule: Schedule) -> Array:
-    """Layers (L, ...) as (v, S, layers of a chunk, ...): chunk c of stage s holds the chunk c S + s of them all."""
+    """Layers (L, ...) as (S, v, layers of a chunk, ...): chunk c of stage s holds the chunk c S + s of them all."""
     size = -(-x.shape[0] // (schedule.stages * schedule.interleave))
     missing = size * schedule.stages * schedule.interleave - x.shape[0]
     x = jnp.pad(x, ((0, missing), *((0, 0),) * (x.ndim - 1)))
-    return x.reshape(schedule.interleave, schedule.stages, size, *x.shape[1:])
+    return x.reshape(schedule.interleave, schedule.stages, size, *x.shape[1:]).swapaxes(0, 1)
+
+
+def _brought_together(x: Array, num: int) -> Array:
+    """The inverse of `_shared_out`."""
+    return x.swapaxes(0, 1).reshape(-1, *x.shape[3:])[:num]
 
 
 def _listed(layers: Any) -> list[Any]:

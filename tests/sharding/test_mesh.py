@@ -34,18 +34,36 @@ def test_meaningless_sizes_are_refused(sizes):
         Mesh(**sizes)
 
 
-def test_parameters_and_activations_get_the_specs_of_the_table():
-    assert spec(("embed", "heads", "head_dim"), DEFAULT_RULES) == PartitionSpec("fsdp", "tensor", None)
-    # batch takes fsdp first, so embed is not split again
-    assert spec(("batch", "sequence", "embed"), DEFAULT_RULES) == PartitionSpec(
-        ("data", "fsdp", "expert"), "sequence", None
-    )
+SIZES = {"pipeline": 2, "data": 2, "fsdp": 4, "expert": 4, "sequence": 2, "tensor": 2}
+
+
+@pytest.mark.parametrize(
+    ("names", "shape", "expected"),
+    [
+        (("embed", "heads", "head_dim"), (8, 4, 5), (("fsdp", "pipeline"), "tensor", None)),
+        (("layers", "embed", "heads", "head_dim"), (6, 8, 4, 5), ("pipeline", "fsdp", "tensor", None)),
+        (("layers", "embed", "mlp"), (7, 8, 4), (None, ("fsdp", "pipeline"), "tensor")),  # 2 stages, 7 layers
+        (("embed", "vocab"), (8, 16), ("fsdp", ("tensor", "pipeline"))),
+        (("vocab", "embed"), (16, 8), (("tensor", "pipeline"), "fsdp")),
+        (("experts", "batch", "embed"), (8, 16, 8), ("expert", ("data", "fsdp"), "pipeline")),
+        # batch takes fsdp first, so embed would not be split again
+        (("batch", "sequence", "embed"), (32, 8, 8), (("data", "fsdp", "expert"), "sequence", "pipeline")),
+    ],
+)
+def test_parameters_and_activations_get_the_specs_of_the_table(names, shape, expected):
+    assert spec(names, DEFAULT_RULES, shape=shape, sizes=SIZES) == PartitionSpec(*expected)
 
 
 def test_a_dimension_that_does_not_divide_is_replicated():
-    sizes = {"fsdp": 4, "data": 2, "expert": 1}
-    assert spec(("embed",), DEFAULT_RULES, shape=(6,), sizes=sizes) == PartitionSpec(None)
-    assert spec(("batch",), DEFAULT_RULES, shape=(2,), sizes=sizes) == PartitionSpec("data")
+    assert spec(("embed",), DEFAULT_RULES, shape=(6,), sizes=SIZES) == PartitionSpec("pipeline")
+    assert spec(("embed",), DEFAULT_RULES, shape=(7,), sizes=SIZES) == PartitionSpec(None)
+    assert spec(("batch",), DEFAULT_RULES, shape=(2,), sizes=SIZES) == PartitionSpec("data")
+
+
+def test_a_mesh_axis_is_used_once_by_the_row_that_comes_first():
+    assert spec(("a", "b"), {"b": ("data", "fsdp"), "a": ("fsdp", "tensor")}) == PartitionSpec(
+        "tensor", ("data", "fsdp")
+    )
 
 
 def test_shard_places_an_activation_and_keeps_its_values():
@@ -55,6 +73,13 @@ def test_shard_places_an_activation_and_keeps_its_values():
         y = jax.jit(lambda x: shard(x * 1, "batch", "sequence", "embed"))(x)
     assert y.sharding.spec == PartitionSpec(("data", "fsdp"), *y.sharding.spec[1:])
     np.testing.assert_array_equal(y, x)
+
+
+def test_an_activation_is_whole_along_its_width():
+    mesh = Mesh(data=4, pipeline=2).build(jax.devices()[:8])
+    with activate(mesh):
+        y = jax.jit(lambda x: shard(x * 1, "batch", "embed"))(jnp.ones((8, 4)))
+    assert y.sharding.is_equivalent_to(jax.sharding.NamedSharding(mesh.mesh, PartitionSpec("data")), 2)
 
 
 def test_shard_outside_a_mesh_is_the_identity():

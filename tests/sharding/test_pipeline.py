@@ -1,6 +1,7 @@
 """The schedules' arithmetic against what a pipeline must do: every unit once, in order, its input there when wanted."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,8 @@ import pytest
 from llmlab.objectives import NextToken
 from llmlab.optim import SGD
 from llmlab.sharding import Mesh
-from llmlab.sharding.pipeline import Schedule, Unit
 from llmlab.sharding.rules import ScheduleName
+from llmlab.sharding.schedule import Schedule, Unit
 from llmlab.training.config import Train
 from llmlab.training.program import Program
 from tests.training.models_on_meshes import MLP, decoder
@@ -102,3 +103,18 @@ def test_memory_grows_with_the_parts_in_gpipe_and_not_in_1f1b() -> None:
     assert many <= 1.02 * few  # a few numbers a part
     one = 4 * 256 * 64  # the bytes of a part's input
     assert temporary_bytes("gpipe", 32) - temporary_bytes("gpipe", 8) >= 24 * one
+
+
+@pytest.mark.scale
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
+def test_stages_share_the_work_on_the_vocabulary(schedule: ScheduleName) -> None:
+    vocab, stages, rows = 4096, 4, 8
+    model = dataclasses.replace(decoder(4, MLP), vocab_size=vocab)
+    batch = {name: np.zeros((rows, 16), np.int32) for name in ("input_ids", "labels")}
+    mesh = Mesh(data=1, pipeline=stages, schedule=schedule).build(jax.devices()[:stages])
+    train = Train(steps=1, batch_size=rows, sequence_length=16, accumulation=rows)
+    program = Program.build(model, NextToken(), SGD(peak_lr=0.1), mesh, train, batch)
+    text = program.train_step.lower(program.state, program.batch).compile().as_text()
+    products = [{int(n) for n in dims.split(",")} for dims in re.findall(r"= f32\[([\d,]+)\]\S* dot\(", text)]
+    assert any(vocab // stages in dims for dims in products), "each stage scores its share of the tokens"
+    assert not any(vocab in dims for dims in products), "and no stage scores all"

@@ -1,15 +1,46 @@
 """A mesh changes the speed and nothing else: three steps, dropout included, and evaluations equal one device's."""
 
+import dataclasses
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
+from llmlab.models.config import Transformer
+from llmlab.models.decoder import DecoderModel
+from llmlab.nn.config import Context
+from llmlab.nn.positions import T5Relative
+from llmlab.nn.stack import Stack
 from llmlab.optim import AdamW, Constant
 from llmlab.sharding import Mesh
 from llmlab.sharding.rules import ScheduleName
-from tests.training.models_on_meshes import CASES, assert_equal, on_one_device, outcome, program
+from tests.training.models_on_meshes import CASES, assert_equal, initial, on_one_device, outcome, program
 
 pytestmark = pytest.mark.scale
+
+
+class BiasedStack(Stack):
+    """Layers that share a learned bias on the scores, which is part of their context."""
+
+    def __init__(self, config: Transformer, rngs: nnx.Rngs) -> None:
+        super().__init__(config.blocks(), config.num_layers, config.embed_dim, config.execution, rngs=rngs)
+        self.relative = T5Relative(num_buckets=4, max_distance=8, bidirectional=False).build(4, rngs=rngs)
+
+    def __call__(self, x_BSD: Any, context: Context, key: Any = None, cache: Any = None) -> Any:
+        return super().__call__(x_BSD, dataclasses.replace(context, bias=self.relative.bias()), key, cache)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Biased(Transformer):
+    """A decoder with them."""
+
+    def build(self, rngs: nnx.Rngs) -> DecoderModel:
+        model = DecoderModel(self, rngs=rngs)
+        model.stack = BiasedStack(self, rngs)
+        return model
+
 
 # Every axis alone, on as many devices as it can have here.
 ALONE = {
@@ -111,3 +142,24 @@ def test_what_zero_splits() -> None:
     moments = [2 * whole // 8] * 3
     assert [optimizer for _, optimizer in held.values()] == moments
     assert [params for params, _ in held.values()] == [whole, whole, whole // 8]
+
+
+def test_a_context_that_takes_parameters_goes_through_a_pipeline() -> None:
+    case = CASES["decoder"]._replace(model=Biased(**vars(CASES["decoder"].model)))
+    expected = outcome(program(case, Mesh(), 1), case)
+    assert_equal(outcome(program(case, Mesh(data=1, pipeline=2), 2), case), expected)
+    assert not np.array_equal(
+        expected.params["stack"]["relative"]["table"], initial(case)["stack"]["relative"]["table"]
+    )
+
+
+def test_every_stage_of_a_pipeline_stores_its_share_of_all_that_is_large() -> None:
+    """Vocabulary and layers, five of which four stages cannot share out: a quarter of every matrix."""
+    case = CASES["decoder"]
+    built = program(case, Mesh(data=1, pipeline=4), 4, optimizer=AdamW(peak_lr=1e-3))
+    state = built.initialise(None)
+    for tree, times in ((state.params, 1), (state.optimizer_state, 2)):
+        matrices = [leaf for leaf in jax.tree.leaves(tree) if leaf.ndim > 1]
+        held = sum(leaf.addressable_shards[0].data.nbytes for leaf in matrices)
+        assert held == sum(leaf.nbytes for leaf in matrices) // 4
+        assert held == times * sum(leaf.nbytes for leaf in jax.tree.leaves(state.params) if leaf.ndim > 1) // 4
