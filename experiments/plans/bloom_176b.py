@@ -1,19 +1,19 @@
 """Do 512 TPU v5p chips train BLOOM 176B, vocabulary of a quarter of a million and all?
 
-Claim    They do, in a fifth of their memory; activations that travel along the tensor axis take half of the time that
-         arithmetic does. ALiBi keeps its attention from the splash kernel.
+Claim    They do, in a quarter of their memory; activations that travel along the tensor axis take half of the time that
+         arithmetic does. ALiBi is part of the splash kernel's products.
 Command  llmlab plan experiments/plans/bloom_176b.py --topology v5p:8x8x8
 Cost     a minute on 2 CPU cores and no TPU: pip install 'llmlab[tpu]' brings the compiler
-Result   holds by the compiler's own numbers; nothing was run (2026-11-25, jax 0.10.2, libtpu 0.0.42.1):
+Result   holds by the compiler's own numbers; nothing was run (2026-11-26, jax 0.10.2, libtpu 0.0.42.1):
 
 bloom_176b  176B parameters, 2.1M tokens a step, on 512 x v5p (v5p:8x8x8; mesh fsdp=64 x tensor=8)
-memory of a chip  21.03 GiB of 95.74 GiB  fits, 78% free
+memory of a chip  21.79 GiB of 95.74 GiB  fits, 77% free
    parameters    1.29 GiB   1.3%
    optimizer     2.57 GiB   2.7%
-   temporaries  17.13 GiB  17.9%
+   temporaries  17.90 GiB  18.7%
 model FLOPs     2.269 EFLOP  a step: 2 for each multiply-add, every key counted, 3 x forward
-compiled FLOPs  2.749 EFLOP  matrix products x loop trips
-ratio                 1.211  what rematerialisation, attention's backward kernels and the optimizer's products add
+compiled FLOPs  2.798 EFLOP  matrix products x loop trips, 3% in kernels
+ratio                 1.233  what rematerialisation, attention's backward kernels and the optimizer's products add
 collective          mesh axes       runs  leaves a chip      time
 all-gather          tensor           422     328.19 GiB    1.96 s
 all-reduce          tensor           147     215.91 GiB    1.29 s
@@ -24,10 +24,10 @@ all-reduce          fsdp + tensor    144      13.39 GiB   26.6 ms
 collective-permute  fsdp              10      120.6 MiB    1.4 ms
 all-reduce          fsdp             353       82.9 MiB  0.242 ms
 all                                          885.69 GiB    6.10 s
-compute        11.70 s   compiled FLOPs / chips / 459 TFLOP/s
-memory          3.38 s   bytes moved / 2,765 GB/s
+compute        11.90 s   compiled FLOPs / chips / 459 TFLOP/s
+memory          2.00 s   bytes moved / 2,765 GB/s
 interconnect    6.10 s   bytes that leave a chip / (links x 90 GB/s)
-bound by compute: at best 11.70 s a step, 350 tokens/s a chip, MFU 82.6% if everything overlaps, 45.6% if nothing does
+bound by compute: at best 11.90 s a step, 344 tokens/s a chip, MFU 81.1% if everything overlaps, 48.3% if nothing does
 """
 
 import dataclasses

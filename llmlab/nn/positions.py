@@ -281,14 +281,17 @@ class ALiBiPositions(nnx.Module):
 class ALiBiBias(Bias):
     """-slope |query - key|."""
 
-    slopes: tuple[float, ...] = field(metadata={"static": True})
+    of_heads: tuple[float, ...] = field(metadata={"static": True})
+    """Their slopes."""
 
     def block(self, query_index: Index, kv_index: Index) -> Float[Array, "B N S T"]:
-        return SlopeBias(jnp.asarray(self.slopes, jnp.float32)).block(query_index, kv_index)
+        return SlopeBias(self.slopes()).block(query_index, kv_index)
 
     def heads(self, first: Int[Array, ""], count: int) -> "SlopeBias":
-        slopes_N = jnp.asarray(self.slopes, jnp.float32)
-        return SlopeBias(jax.lax.dynamic_slice_in_dim(slopes_N, first, count))
+        return SlopeBias(self.slopes()).heads(first, count)
+
+    def slopes(self) -> Float[Array, "N"]:
+        return jnp.asarray(self.of_heads, jnp.float32)
 
 
 @jax.tree_util.register_dataclass
@@ -304,6 +307,9 @@ class SlopeBias(Bias):
 
     def heads(self, first: Int[Array, ""], count: int) -> "SlopeBias":
         return SlopeBias(jax.lax.dynamic_slice_in_dim(self.slopes_N, first, count))
+
+    def slopes(self) -> Float[Array, "N"]:
+        return self.slopes_N
 
 
 def alibi_slopes(num_heads: int) -> tuple[float, ...]:

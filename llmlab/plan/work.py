@@ -128,14 +128,15 @@ def _meetings(left: int, kernel: int, result: int, place: Mapping[str, int]) -> 
     return int(np.count_nonzero((position >= 0) & (position <= last) & (position % place["lhs_dilate"] == 0)))
 
 
-# Part of a kernel's name -> products of queries and keys that it makes, each 2 x queries x keys x head_dim.
+# Part of a kernel's name -> products of queries and keys that it makes along the width of keys, and along that of
+# values: each is 2 x queries x keys x width.
 _SPLASH = (
-    ("splash_mqa_fwd", 2),  # scores; values
-    ("splash_mqa_dkv", 4),  # scores again; gradients of the weights, of values, of keys
-    ("splash_mqa_dq", 3),  # scores again; gradients of the weights, of queries
-    ("splash_mha_fwd", 2),
-    ("splash_mha_dkv", 4),
-    ("splash_mha_dq", 3),
+    ("splash_mqa_fwd", 1, 1),  # scores; values
+    ("splash_mqa_dkv", 2, 2),  # scores again, gradient of keys; gradients of the weights, of values
+    ("splash_mqa_dq", 2, 1),  # scores again, gradient of queries; gradient of the weights
+    ("splash_mha_fwd", 1, 1),
+    ("splash_mha_dkv", 2, 2),
+    ("splash_mha_dq", 2, 1),
 )
 
 
@@ -143,10 +144,11 @@ def kernel_flops(instruction: Instruction, inside: Computation) -> int | None:
     """FLOPs of a Pallas kernel by its name and shapes; None for one that is not known here."""
     name, shapes = instruction.name, inside.operand_shapes(instruction)
     floating = [shape for shape in shapes if shape.dtype in ("bf16", "f32", "f16") and len(shape.dims) > 1]
-    for part, products in _SPLASH:
-        if part in name:  # queries (..., group, S, H), then keys (..., T, H)
-            queries, keys = floating[:2]
-            return 2 * products * queries.size * keys.dims[-2]
+    for part, of_keys, of_values in _SPLASH:
+        if part in name:  # queries (..., group, S, H), keys (..., T, H), values (..., T, V)
+            queries, keys, values = floating[:3]
+            width = of_keys * keys.dims[-1] + of_values * values.dims[-1]
+            return 2 * queries.size // queries.dims[-1] * keys.dims[-2] * width
     if "tgmm" in name:  # megablox, gradient of the experts' matrices: (D, R) and (R, F)
         left, right = floating[:2]
         return 2 * left.size * right.dims[-1]

@@ -11,6 +11,7 @@ whose row of the table comes first.
     residual    tokens of a row in the residual stream, where norms and additions are: no matrix is split there, so
                 tensor has its share of tokens instead of repeating the work (Korthikanti et al. 2022, 2205.05198)
     layers      of parameters that are stacked: the stages of a pipeline
+    kv_heads    of keys and values, and groups of queries by them; heads those of queries, where these are too few
     vocab       rows of the embedding, columns of the head, scores: what comes before and after the layers belongs to
                 all stages together
     embed       width of the residual stream, of parameters only: an activation is whole there. Takes the pipeline axis
@@ -44,8 +45,8 @@ DEFAULT_RULES: Rules = {
     "residual": ("sequence", "tensor"),
     "layers": ("pipeline",),
     "vocab": ("tensor", "pipeline"),
-    "heads": ("tensor",),
     "kv_heads": ("tensor",),
+    "heads": ("tensor",),
     "mlp": ("tensor",),
     "embed": ("fsdp", "pipeline"),
 }

@@ -15,10 +15,10 @@ from llmlab.nn.kernels import Bias, Scoring, attention, choose, dispatch
 from llmlab.nn.kernels.blockwise import blockwise
 from llmlab.nn.kernels.cudnn import cudnn, cudnn_lacks
 from llmlab.nn.kernels.reference import reference
-from llmlab.nn.kernels.splash import splash, splash_lacks
+from llmlab.nn.kernels.splash import _sloped, splash, splash_lacks
 from llmlab.nn.kernels.unrolled import unrolled
 from llmlab.nn.masks import Causal, Full, Mask, Padding, Prefix, Segments, SlidingWindow
-from llmlab.nn.positions import ALiBi, T5Relative
+from llmlab.nn.positions import ALiBi, T5Relative, alibi_slopes
 
 ROWS, HEAD_DIM = 2, 8
 RunKernel = Callable[[jax.Array, jax.Array, jax.Array, Scoring], jax.Array]
@@ -98,6 +98,9 @@ CASES: Mapping[str, Case] = {
     "left padding, empty rows": Case(Causal() & _left_padding(70)),
     "queries beyond the window's keys": Case(SlidingWindow(4, 0), num_queries=150, num_keys=10),
     "alibi": Case(Causal(), bias=_ALIBI),
+    "alibi, documents, grouped queries": Case(
+        Causal() & packed(70), kv_heads=3, heads=6, bias=ALiBi().build(6, rngs=nnx.Rngs(params=0)).bias()
+    ),
     "t5": Case(packed(70), bias=_T5),
     "dropout": Case(Causal(), bias=_T5, settings={"dropout": 0.4, "seed": _SEED}),
     "cached decoding": Case(
@@ -330,7 +333,10 @@ def shapes(
     ("platform", "sizes", "settings", "kernel"),
     [
         ("tpu", (2048, 2048, jnp.bfloat16, 64), {}, "splash"),
-        ("tpu", (2048, 2048, jnp.bfloat16, 64), {"bias": _ALIBI}, "blockwise"),
+        ("tpu", (2048, 2048, jnp.bfloat16, 64), {"bias": _ALIBI}, "splash"),
+        ("tpu", (2048, 2048, jnp.bfloat16, 64), {"bias": _T5}, "blockwise"),
+        ("tpu", (2048, 2048, jnp.bfloat16, 64), {"bias": _ALIBI, "softcap": 30.0}, "blockwise"),
+        ("tpu", (2048, 131_072, jnp.bfloat16, 64), {"bias": _ALIBI}, "blockwise"),
         ("tpu", (64, 64, jnp.bfloat16, 64), {}, "reference"),
         ("tpu", (1, 2048, jnp.bfloat16, 64), {"query_index": jnp.zeros((2, 1), jnp.int32)}, "reference"),
         ("gpu", (2048, 2048, jnp.bfloat16, 64), {}, "cudnn"),
@@ -355,6 +361,17 @@ def test_auto_takes_the_platforms_kernel_where_it_can(
     assert choose(q, k, Scoring(mask=Causal(), scale=1.0, **settings)) == kernel
 
 
+def test_splash_has_the_slopes_of_alibi_exactly_in_bfloat16() -> None:
+    """Of 12 heads, whose slopes are no powers of two, and of keys beyond bfloat16's whole numbers."""
+    num_keys, slopes = 70_000 // 2, jnp.asarray(alibi_slopes(12), jnp.float32)
+    q, k = jnp.ones((1, 3, 4, 1, 5), jnp.bfloat16), jnp.ones((1, 3, num_keys, 5), jnp.bfloat16)
+    more_q, more_k = jax.jit(_sloped)(q, k, slopes)
+    assert more_q.dtype == more_k.dtype == jnp.bfloat16
+    found = np.einsum("kgd,ktd->kgt", *(np.asarray(x, np.float64)[..., 5:] for x in (more_q[0, :, :, 0], more_k[0])))
+    exact = np.asarray(slopes, np.float64)[:, None] * np.arange(num_keys)
+    np.testing.assert_allclose(found.reshape(12, num_keys), exact, rtol=2**-24)
+
+
 def test_a_kernel_that_cannot_says_why() -> None:
     q, k, v = CASES["causal"].inputs()
     with pytest.raises(
@@ -369,5 +386,7 @@ def test_an_unknown_kind_of_mask_is_not_ignored_by_splash() -> None:
     q, k, _ = CASES["causal"].inputs()
     prefix = Scoring(mask=Causal() & Prefix(jnp.array([3, 3])), scale=1.0)
     assert splash_lacks(q, k, prefix, "tpu") == "Prefix is no mask it knows"
+    both_ways = Scoring(mask=Full(), bias=_ALIBI, scale=1.0)
+    assert splash_lacks(q, k, both_ways, "tpu") == "of all biases it has only a slope, and that in causal attention"
     two = Scoring(mask=packed(70) & packed(70), scale=1.0)
     assert splash_lacks(q, k, two, "tpu") == "it takes one pair of segment ids"

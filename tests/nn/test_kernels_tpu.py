@@ -1,5 +1,7 @@
 """Attention compiled by the real TPU compiler, which needs no TPU."""
 
+import pytest
+
 from tests import tpu_compiler
 
 PROGRAM = """
@@ -9,6 +11,7 @@ from jax.experimental import topologies
 
 from llmlab.nn.kernels import attention
 from llmlab.nn.masks import Causal, Segments, SlidingWindow
+from llmlab.nn.positions import ALiBi
 from llmlab.sharding import Mesh, activate
 from llmlab.sharding.rules import active_sharding
 
@@ -18,7 +21,7 @@ mesh = Mesh(data=2, tensor=2).build(devices)
 
 def gradient(q, k, v, ids):
     mask = Causal() & SlidingWindow(left=255) & Segments(ids, ids)
-    loss = lambda *a: attention(*a, mask=mask, scale=0.125, softcap=50.0).astype(jnp.float32).sum()
+    loss = lambda *a: attention(*a, mask=mask, scale=0.125, **SETTINGS).astype(jnp.float32).sum()
     return jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
 
 
@@ -38,8 +41,9 @@ print(json.dumps({
 """
 
 
-def test_auto_compiles_to_splash_attention_for_tpu_on_every_devices_own_rows_and_heads() -> None:
-    result = tpu_compiler.run(PROGRAM)
+@pytest.mark.parametrize("settings", ["{'softcap': 50.0}", "{'bias': ALiBi().build(8, rngs=None).bias()}"])
+def test_auto_compiles_to_splash_attention_for_tpu_on_every_devices_own_rows_and_heads(settings: str) -> None:
+    result = tpu_compiler.run(PROGRAM.replace("SETTINGS", settings))
     assert result["kernels"] == 3  # forward, gradient of q, gradient of k and v
     assert result["collectives"] == []
     # one matrix of weights would be 2 rows x 4 heads x 2048^2 x 4 bytes = 134 MB a device

@@ -46,6 +46,8 @@ SIZES = {"pipeline": 2, "data": 2, "fsdp": 4, "expert": 4, "sequence": 2, "tenso
         (("embed", "vocab"), (8, 16), ("fsdp", ("tensor", "pipeline"))),
         (("vocab", "embed"), (16, 8), (("tensor", "pipeline"), "fsdp")),
         (("experts", "batch", "embed"), (8, 16, 8), ("expert", ("data", "fsdp"), "pipeline")),
+        (("batch", "kv_heads", "heads"), (32, 2, 4), (("data", "fsdp", "expert"), "tensor", None)),
+        (("batch", "kv_heads", "heads"), (32, 1, 4), (("data", "fsdp", "expert"), None, "tensor")),
         # batch takes fsdp first, so embed would not be split again
         (("batch", "sequence", "embed"), (32, 8, 8), (("data", "fsdp", "expert"), "sequence", "pipeline")),
     ],

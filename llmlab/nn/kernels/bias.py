@@ -22,3 +22,8 @@ class Bias(abc.ABC):
     @abc.abstractmethod
     def heads(self, first: Int[Array, ""], count: int) -> "Bias":
         """The bias of `count` heads from `first` on, for a device that holds no others."""
+
+    def slopes(self) -> Float[Array, "N"] | None:
+        """One number per head where, for the keys up to a query's own, the bias is that slope times the key's index and
+        something that is the same for all keys: a kernel can have it as an inner product. None for any other bias."""
+        return None

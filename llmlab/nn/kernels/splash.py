@@ -3,6 +3,9 @@
 Causal and windowed masks are static and their empty blocks are never fetched; segments and padding are segment ids.
 Memory O(S + T), forward and backward. Grouped queries run its multi-query kernel, mapped over key/value heads.
 
+The kernel adds no bias. One that grows by a slope with the key (ALiBi in a causal row) is an inner product, slope times
+index, and goes in as six more dimensions of queries and keys: exact, and only their products cost more.
+
 XLA cannot split a Pallas kernel over devices by itself, so under an active mesh it runs in `shard_map`, each device on
 its own rows and heads. A sequence that is sharded is gathered for it.
 """
@@ -26,6 +29,8 @@ from llmlab.sharding.rules import active_placement
 _LANES = 128
 # Larger blocks amortise better; 512 is what fits the scratch memory at head_dim 128 to 256.
 _BLOCKS = (512, 256, 128)
+# bfloat16 holds whole numbers up to this, and multiples of it up to its square.
+_WHOLE = 256
 # The segment of keys that no query may see.
 _NOWHERE = np.iinfo(np.int32).min
 # Every query may also see a nothing of this logit: no weight beside any allowed key, all of it where there is none, so
@@ -54,6 +59,9 @@ def splash(
     # The kernel has no scale. Rounding q * scale to q's dtype is exact where the scale is a power of two (head_dim 64).
     q_BKGSH = _padded(split_heads((q_BSNH * scoring.scale).astype(q_BSNH.dtype), k_BTKH.shape[2]), 3)
     k_BKTH, v_BKTH = _padded(k_BTKH.swapaxes(1, 2), 2), _padded(v_BTKH.swapaxes(1, 2), 2)
+    slopes_N = None if scoring.bias is None else scoring.bias.slopes()
+    if slopes_N is not None:
+        q_BKGSH, k_BKTH = _sloped(q_BKGSH, k_BKTH, slopes_N)
     segments = _segments(scoring.mask, batch, num_queries, k_BTKH.shape[1])
     run = partial(
         _attend,
@@ -79,7 +87,12 @@ def splash_lacks(
     if scoring.dropout > 0.0:
         return "it has no dropout"
     if scoring.bias is not None:
-        return "it has no bias"
+        if scoring.bias.slopes() is None or scoring.mask.find(Causal) is None:
+            return "of all biases it has only a slope, and that in causal attention"
+        if scoring.softcap is not None:
+            return "it would cap the bias too"
+        if k_BTKH.shape[1] > _WHOLE**2:
+            return f"with a bias it counts to {_WHOLE**2} keys"
     if scoring.indexed:
         return "queries or keys have an index of their own (cached decoding)"
     kinds = [type(term) for term in scoring.mask.terms]
@@ -94,6 +107,28 @@ def _padded(x: jax.Array, axis: int, value: int = 0) -> jax.Array:
     missing = -x.shape[axis] % _LANES
     widths = [(0, missing if i == axis else 0) for i in range(x.ndim)]
     return jnp.pad(x, widths, constant_values=value) if missing else x
+
+
+def _sloped(
+    q_BKGSH: Float[Array, "B K G S H"], k_BKTH: Float[Array, "B K T H"], slopes_N: Float[Array, "N"]
+) -> tuple[Float[Array, "B K G S H+6"], Float[Array, "B K T H+6"]]:
+    """With dimensions whose inner product is slope * index of the key.
+
+    Both factors are sums of what bfloat16 holds exactly, three for a slope of 24 bits and two for an index; the kernel
+    adds the six products up in float32.
+    """
+    slopes_KG, pieces = slopes_N.reshape(q_BKGSH.shape[1:3]), []
+    for _ in range(3):
+        pieces.append(jax.lax.reduce_precision(slopes_KG, exponent_bits=8, mantissa_bits=7))  # bfloat16's
+        slopes_KG = slopes_KG - pieces[-1]
+    index_T = jnp.arange(k_BKTH.shape[2])
+    high_T, low_T = index_T // _WHOLE * _WHOLE, index_T % _WHOLE
+    more_q = jnp.stack([*pieces, *pieces], -1)[None, :, :, None].astype(q_BKGSH.dtype)
+    more_k = jnp.stack([high_T] * 3 + [low_T] * 3, -1)[None, None].astype(k_BKTH.dtype)
+    return (
+        jnp.concatenate([q_BKGSH, jnp.broadcast_to(more_q, (*q_BKGSH.shape[:4], 6))], -1),
+        jnp.concatenate([k_BKTH, jnp.broadcast_to(more_k, (*k_BKTH.shape[:3], 6))], -1),
+    )
 
 
 def _segments(mask: Mask, batch: int, num_queries: int, num_keys: int) -> kernels.SegmentIds | None:
@@ -129,13 +164,13 @@ def _static(mask: Mask, shape: tuple[int, int]) -> masks.Mask:
 def _attend(
     q_BKGSH: Float[Array, "B K G S H"],
     k_BKTH: Float[Array, "B K T H"],
-    v_BKTH: Float[Array, "B K T H"],
+    v_BKTV: Float[Array, "B K T V"],
     segments: kernels.SegmentIds | None,
     *,
     mask: masks.Mask,
     softcap: float | None,
     interpret: bool,
-) -> Float[Array, "B K G S H"]:
+) -> Float[Array, "B K G S V"]:
     """The kernel on one device's rows and heads."""
     group = q_BKGSH.shape[2]
     query, kv = (max(size for size in _BLOCKS if length % size == 0) for length in mask.shape)
@@ -161,6 +196,6 @@ def _attend(
     sinks = jnp.full(group, _SINK, jnp.float32)
     per_head = jax.vmap(kernel, in_axes=(0, 0, 0, None, None))
     per_row = jax.vmap(per_head, in_axes=(0, 0, 0, None if segments is None else 0, None))
-    o_BKGSH = per_row(q_BKGSH, k_BKTH, v_BKTH, segments, sinks)
-    assert isinstance(o_BKGSH, jax.Array)  # the kernel would return more if residuals were asked for
-    return o_BKGSH
+    o_BKGSV = per_row(q_BKGSH, k_BKTH, v_BKTV, segments, sinks)
+    assert isinstance(o_BKGSV, jax.Array)  # the kernel would return more if residuals were asked for
+    return o_BKGSV
