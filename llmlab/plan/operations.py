@@ -6,6 +6,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from llmlab.plan.hlo import UNEVEN
+
 Shapes = Sequence[Any]
 """Arrays of a jaxpr: each has `.shape`, `.size` and `.dtype`."""
 Kernel = Callable[[Shapes, Shapes], int]
@@ -83,8 +85,7 @@ FUNCTIONS: Mapping[str, Kernel] = {
     "megablox_matmul": _tiled_rows,
     "megablox_matmul_transposed": _tiled_rows,
     "megablox_outer": _tiled_outer,
-    # What only uneven use of experts needs (llmlab.nn.moe.exchange).
-    "sum_of_further_rounds": lambda inputs, outputs: 0,
+    UNEVEN: lambda inputs, outputs: 0,
 }
 """Jitted functions that are counted as a whole, since the data decides how often their loops run."""
 

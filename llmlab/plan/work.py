@@ -4,7 +4,8 @@ FLOPs are those of matrix products: 2 for each multiply-add of every dot and con
 compiler writes a product of matrices as a convolution with a window that slides over padding; places where the window
 is over padding do no work and do not count. Kernels (Pallas) are opaque to the compiler and cost what the table below
 says. Splash attention counts every pair of query and key, masked or not, as the models' own formula does; the kernel
-skips blocks that a causal mask hides, so it does up to half of that.
+skips blocks that a causal mask hides, so it does up to half of that. Products of experts do the rows that there are:
+counted are those of even use, where the name of the operation tells how many of an array's rows that is.
 
 Bytes are those between the chip's main memory and its compute units: what each instruction outside of fusions reads
 and writes, a fusion's inside being free. Arrays that the compiler keeps in fast memory do not count, slices count as
@@ -47,6 +48,8 @@ _FREE = frozenset(
         "iota",
     ]
 )
+# Part of an operation's name: how many rows of an array even use of experts fills (llmlab.nn.moe.exchange).
+_EVEN_ROWS = re.compile(r"even_rows_(\d+)_of_(\d+)")
 _SLICES = frozenset({"dynamic-slice", "slice", "gather"})
 
 
@@ -60,6 +63,8 @@ class Work:
     """Those of kernels."""
     traffic: int = 0
     """Bytes between main memory and compute units."""
+    evenly: bool = False
+    """Whether products of experts are among them that count as even use has them."""
     unknown_kernels: set[str] = field(default_factory=set)
     """Kernels that are in no table, whose FLOPs do not count."""
 
@@ -75,6 +80,9 @@ def work(module: Module) -> Work:
             total.flops += run.times * convolution_flops(instruction, inside)
         elif instruction.opcode == "custom-call" and '"tpu_custom_call"' in instruction.attributes:
             flops = kernel_flops(instruction, inside)
+            if flops is not None and (found := _EVEN_ROWS.search(instruction.source)):
+                used, room = int(found[1]), int(found[2])
+                flops, total.evenly = flops * used // room, total.evenly or used < room
             if flops is None:
                 total.unknown_kernels.add(re.sub(r"[.\d]+$", "", instruction.name))
             else:

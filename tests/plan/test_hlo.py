@@ -162,3 +162,39 @@ ENTRY %main (x: f32[2]) -> f32[2] {
 }
 """
     assert list(Module.parse(text).computations) == ["first", "second", "main"]
+
+
+def test_a_program_is_counted_for_experts_that_are_used_evenly() -> None:
+    text = """HloModule m
+%never (p: (s32[], f32[8])) -> pred[] {
+  %p = (s32[], f32[8]) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %n = s32[] copy(%i)
+  ROOT %c = pred[] compare(%i, %n), direction=LT
+}
+
+%body (q: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %q = (s32[], f32[8]) parameter(0)
+  %j = s32[] get-tuple-element(%q), index=0
+  %v = f32[8] get-tuple-element(%q), index=1
+  %d = f32[] dot(%v, %v), lhs_contracting_dims={0}, rhs_contracting_dims={0}
+  ROOT %t = (s32[], f32[8]) tuple(%j, %v)
+}
+
+ENTRY %main (x: bf16[96,16], w: bf16[4,16,32], s: (s32[], f32[8])) -> bf16[96,32] {
+  %x = bf16[96,16] parameter(0)
+  %w = bf16[4,16,32] parameter(1)
+  %s = (s32[], f32[8]) parameter(2)
+  %l = (s32[], f32[8]) while(%s), condition=%never, body=%body, metadata={op_name="jit(step)/LOOP/while"}
+  ROOT %gmm.1 = bf16[96,32] custom-call(%x, %w), custom_call_target="tpu_custom_call", metadata={op_name="NAME"}
+}
+"""
+    product = 2 * 96 * 16 * 32
+    found = Module.parse(text.replace("NAME", "jit(step)/gmm"))
+    assert work(found).flops == product + 2 * 8
+    assert found.unknown_loops == ["jit(step)/LOOP/while"]
+    text = text.replace("NAME", "jit(step)/transpose(jvp(even_rows_64_of_96))/gmm")
+    found = Module.parse(text.replace("LOOP", "jit(sum_of_further_rounds)"))
+    assert work(found).flops == product * 64 // 96
+    assert work(found).evenly
+    assert not found.unknown_loops

@@ -36,7 +36,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from llmlab.nn.module import Params, logical_axes, merge, split
-from llmlab.nn.moe.exchange import Lane, Plan, further_rounds, lane, move, plan, to_homes, to_owners
+from llmlab.nn.moe.exchange import Lane, Plan, even_rows, further_rounds, lane, move, plan, to_homes, to_owners
 from llmlab.nn.moe.experts import Experts
 from llmlab.nn.moe.mlp import Draw
 from llmlab.sharding import shard
@@ -171,7 +171,9 @@ def _sorted_by_each_device(
         first = jax.lax.axis_index(by_expert) * mine.num_experts if by_expert else 0
         is_mine = (expert >= first) & (expert < first + mine.num_experts)
         expert = jnp.where(is_mine, expert - first, mine.num_experts)
-        return _total(_sorted(mine.grouped, mine.num_experts, x, expert, gate, draw), (*by_expert, *by_width))
+        with even_rows(expert.size // jax.lax.axis_size(by_expert), expert.size):
+            y = _sorted(mine.grouped, mine.num_experts, x, expert, gate, draw)
+        return _total(y, (*by_expert, *by_width))
 
     of_draw = None if draw is None else (PartitionSpec(), tokens, PartitionSpec(by_width))
     return placement.shard_map(run, in_specs=(specs, tokens, tokens, tokens, of_draw), out_specs=tokens)(
@@ -194,7 +196,8 @@ def _exchanged(
     way = lane(by_expert, num_devices, sizes_E.shape[0], math.prod(tokens), k)
     who = plan(sizes_E, by_expert)
     one = partial(_round, graphdef, way)
-    y_AD = one(jnp.zeros((), jnp.int32), (params, rows_AD), (draw, who))
+    with even_rows(way.home, way.room):
+        y_AD = one(jnp.zeros((), jnp.int32), (params, rows_AD), (draw, who))
     if way.room < num_devices * way.pair:
         # Groups of devices that exchange nothing with each other have the same number of rounds all the same: a
         # collective in a loop that others have left may wait for them on some networks.

@@ -26,6 +26,7 @@ Shapes: n devices, E experts, A rows at home, C rows of room, D width, N slices 
 device and own expert at the owner), M rows between two devices at most.
 """
 
+import contextlib
 import math
 from collections.abc import Callable
 from functools import partial
@@ -92,6 +93,12 @@ def lane(axes: tuple[str, ...], num_devices: int, num_experts: int, num_tokens: 
     """The exchange of `num_tokens` tokens of each device, which choose k different experts each."""
     pair = num_tokens * min(k, num_experts // num_devices)
     return Lane(axes, num_tokens * k, min(num_devices * pair, math.ceil(ROOM * num_tokens * k)), pair)
+
+
+def even_rows(used: int, room: int) -> contextlib.AbstractContextManager[None]:
+    """Inside, operations are named for how many of `room` rows there are if all experts are used alike: products do
+    only the rows there are, so whoever counts FLOPs in a compiled program needs to know (llmlab.plan.work)."""
+    return jax.named_scope(f"even_rows_{used}_of_{room}")
 
 
 def plan(sizes_E: Int[Array, "E"], axes: tuple[str, ...]) -> Plan:
