@@ -95,7 +95,7 @@ def lane(axes: tuple[str, ...], num_devices: int, num_experts: int, num_tokens: 
     return Lane(axes, num_tokens * k, min(num_devices * pair, math.ceil(ROOM * num_tokens * k)), pair)
 
 
-def even_rows(used: int, room: int) -> contextlib.AbstractContextManager[None]:
+def even_rows(used: int, room: int) -> contextlib.AbstractContextManager[Any]:
     """Inside, operations are named for how many of `room` rows there are if all experts are used alike: products do
     only the rows there are, so whoever counts FLOPs in a compiled program needs to know (llmlab.plan.work)."""
     return jax.named_scope(f"even_rows_{used}_of_{room}")
