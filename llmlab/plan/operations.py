@@ -86,6 +86,7 @@ FUNCTIONS: Mapping[str, Kernel] = {
     "megablox_matmul_transposed": _tiled_rows,
     "megablox_outer": _tiled_outer,
     UNEVEN: lambda inputs, outputs: 0,
+    "searchsorted": lambda inputs, outputs: 0,  # comparisons
 }
 """Jitted functions that are counted as a whole, since the data decides how often their loops run."""
 
@@ -134,6 +135,8 @@ def elementwise_flops(name: str, inputs: Shapes, outputs: Shapes, params: Mappin
         flops = inputs[2].size
     elif name in _WINDOWS:
         flops = outputs[0].size * math.prod(params["window_dimensions"])
+    elif name == "polynomial":  # x and its coefficients, in Horner's scheme
+        flops = 2 * (len(inputs) - 2) * outputs[0].size
     else:
         return None
     # Index arithmetic, masks and random bits are integers and booleans.

@@ -5,7 +5,7 @@ and collect the result late, but by default it holds back, since that costs memo
 For training the trade is nearly always right, so `llmlab train` asks for it:
 
     gpu   XLA_FLAGS           the latency-hiding scheduler; collectives of one loop iteration moved into the one before
-    tpu   LIBTPU_INIT_ARGS    collectives fused with the computation that runs meanwhile, gathers started ahead of use
+    tpu   LIBTPU_INIT_ARGS    sums fused with the computation that runs meanwhile, gathers started ahead of use
 
 Flags that are set already are left as they are, so the variables override the table by flag; `--xla-flags none` or
 LLMLAB_XLA_FLAGS=none takes nothing of it. What a run used stands in its provenance.json, under "variables".
@@ -54,8 +54,8 @@ TABLE: Mapping[Platform, Flags] = {
     "tpu": Flags(
         variable="LIBTPU_INIT_ARGS",
         values={
+            # Not of gathers (..._fuse_all_gather): newer compilers refuse that but on v5e, for fear of wrong results.
             "xla_tpu_enable_async_collective_fusion": "true",
-            "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
             "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
             "xla_tpu_overlap_compute_collective_tc": "true",
             "xla_enable_async_all_gather": "true",
