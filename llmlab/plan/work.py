@@ -48,8 +48,8 @@ _FREE = frozenset(
         "iota",
     ]
 )
-# Part of an operation's name: how many rows of an array even use of experts fills (llmlab.nn.moe.exchange).
-_EVEN_ROWS = re.compile(r"even_rows_(\d+)_of_(\d+)")
+EVEN_ROWS = re.compile(r"even_rows_(\d+)_of_(\d+)")
+"""Part of an operation's name: how many rows of an array even use of experts fills (llmlab.nn.moe.exchange)."""
 _SLICES = frozenset({"dynamic-slice", "slice", "gather"})
 
 
@@ -80,7 +80,7 @@ def work(module: Module) -> Work:
             total.flops += run.times * convolution_flops(instruction, inside)
         elif instruction.opcode == "custom-call" and '"tpu_custom_call"' in instruction.attributes:
             flops = kernel_flops(instruction, inside)
-            if flops is not None and (found := _EVEN_ROWS.search(instruction.source)):
+            if flops is not None and (found := EVEN_ROWS.search(instruction.source)):
                 used, room = int(found[1]), int(found[2])
                 flops, total.evenly = flops * used // room, total.evenly or used < room
             if flops is None:

@@ -37,7 +37,7 @@ class Work:
     """What is done to a part, of which `given` holds what a gradient is wanted of, and `fixed` all else.
 
     enter: (shared, given, fixed) -> x, before the first chunk.
-    chunk: (given, fixed, layers, x, number) -> x, a chunk's layers; its number counts from the first layers.
+    chunk: (given, fixed, layers, x, place) -> x, a chunk's layers; its place counts from the first layers.
     leave: (shared, given, fixed, x) -> (loss, sums), after the last chunk.
     """
 
@@ -90,9 +90,8 @@ def loss(work: Work, inputs: Inputs, schedule: Schedule, placement: Placement, *
     def chunk(stage: jax.Array, mine: Tree, common: Tree) -> Tree:
         (layers, x, entering, given), (fixed, t) = mine, common
         unit = schedule.forward_unit(t, stage)
-        number = unit.chunk * schedule.stages + stage
-        x = _where(number == 0, entering, x)
-        y = work.chunk(*_take((given, fixed), unit.part), _take(layers, unit.chunk), x, number)
+        x = _where(unit.place == 0, entering, x)
+        y = work.chunk(*_take((given, fixed), unit.part), _take(layers, unit.chunk), x, unit.place)
         return y, _next(y, 1)
 
     def tick(carry: tuple[Tree, Tree], t: jax.Array) -> tuple[tuple[Tree, Tree], None]:
@@ -105,7 +104,7 @@ def loss(work: Work, inputs: Inputs, schedule: Schedule, placement: Placement, *
         def leave() -> Tree:
             return work.leave(inputs.shared, *inputs.part(last.part), _last(y))
 
-        leaving = last.real & (last.chunk == schedule.interleave - 1)
+        leaving = last.real & (last.place == schedule.last)
         left = jax.lax.cond(leaving, leave, lambda: _zeros(leave))
         return (x, jax.tree.map(jnp.add, sums, left)), None
 
@@ -140,7 +139,7 @@ def loss_and_gradients(
     for body, ticks in (
         (lambda state, t: run.forward(state, t)[0], range(start)),
         (run.both, range(start, end)),
-        (lambda state, t: run.backward(state, _of_one_stage(state.backward), t), range(end, end + start)),
+        (lambda state, t: run.backward(state, _zeros_of_one_stage(state.backward), t), range(end, end + start)),
     ):
         state = jax.lax.scan(lambda state, t, body=body: (body(state, t), None), state, jnp.asarray(ticks))[0]
     gradients = Gradients(
@@ -226,8 +225,8 @@ class _OneForwardOneBackward:
         if self.schedule.interleave == 1:  # a part leaves in each of these ticks
             state, d_leaving = leave()
         else:
-            leaving = unit.real & (unit.chunk == self.schedule.interleave - 1)
-            state, d_leaving = jax.lax.cond(leaving, leave, lambda: (state, _of_one_stage(y)))
+            leaving = unit.real & (unit.place == self.schedule.last)
+            state, d_leaving = jax.lax.cond(leaving, leave, lambda: (state, _zeros_of_one_stage(y)))
         return self.backward(state, d_leaving, t)
 
     def backward(self, state: _State, d_leaving: Tree, t: jax.Array) -> _State:
@@ -251,29 +250,27 @@ class _OneForwardOneBackward:
     def _forward_chunk(self, stage: jax.Array, mine: Tree, common: Tree) -> Tree:
         (layers, ring, x), (given, fixed, entering, t) = mine, common
         unit = self.schedule.forward_unit(t, stage)
-        number = unit.chunk * self.schedule.stages + stage
-        x = _where(number == 0, entering, x)
+        x = _where(unit.place == 0, entering, x)
         # No mask: what is computed in vain never meets a place of the ring that is in use.
         ring = _put(ring, jnp.mod(unit.number, self.depth), x)
-        y = self.work.chunk(*_take((given, fixed), unit.part), _take(layers, unit.chunk), x, number)
+        y = self.work.chunk(*_take((given, fixed), unit.part), _take(layers, unit.chunk), x, unit.place)
         return ring, y, _next(y, 1)
 
     def _backward_chunk(self, stage: jax.Array, mine: Tree, common: Tree) -> Tree:
         (layers, ring, dy, (d_layers, d_given)), (given, fixed, d_leaving, t) = mine, common
         unit = self.schedule.backward_unit(t, stage)
-        number = unit.chunk * self.schedule.stages + stage
         of_part, of_all = _take((given, fixed), unit.part)
 
         def chunk(of_part: Tree, layers: Tree, x: Tree) -> Tree:
-            return self.work.chunk(of_part, of_all, layers, x, number)
+            return self.work.chunk(of_part, of_all, layers, x, unit.place)
 
         x = _take(ring, jnp.mod(unit.number, self.depth))
         _, pull = jax.vjp(chunk, of_part, _take(layers, unit.chunk), x)
-        leaves = number == self.schedule.interleave * self.schedule.stages - 1
-        more_given, more_layers, dx = pull(_masked(unit.real, _where(leaves, d_leaving, dy)))
+        dy = _where(unit.place == self.schedule.last, d_leaving, dy)
+        more_given, more_layers, dx = pull(_masked(unit.real, dy))
         d_layers = self.place_layers(_add_at(d_layers, unit.chunk, more_layers))
         d_given = _add_at(d_given, unit.part, more_given)
-        return (d_layers, d_given), _next(dx, -1), _masked(unit.real & (number == 0), dx)
+        return (d_layers, d_given), _next(dx, -1), _masked(unit.real & (unit.place == 0), dx)
 
     def _leave(self, state: _State, y: Tree, part: jax.Array) -> tuple[_State, Tree]:
         """The loss of a part that has left the last stage, its sums and gradients added; the gradient of its output."""
@@ -372,7 +369,7 @@ def _add_at(total: Tree, index: jax.Array, new: Tree) -> Tree:
     return jax.tree.map(one, total, new)
 
 
-def _of_one_stage(tree: Tree) -> Tree:
+def _zeros_of_one_stage(tree: Tree) -> Tree:
     """Zeros in the shapes of one stage's."""
     return jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), tree)
 

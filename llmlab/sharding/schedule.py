@@ -65,6 +65,11 @@ class Schedule:
         return self.interleave * self.stages - 1
 
     @property
+    def last(self) -> int:
+        """Place of the chunk that a part leaves from; it enters at place 0."""
+        return self.stages * self.interleave - 1
+
+    @property
     def bubble(self) -> float:
         """Share of the time that a stage stands idle, (S - 1) / (v M + S - 1)."""
         return (self.stages - 1) / self.ticks
@@ -75,7 +80,8 @@ class Schedule:
         q = jnp.clip(number, 0, self.units - 1)
         group, rest = jnp.divmod(q, self.interleave * self.stages)
         chunk, member = jnp.divmod(rest, self.stages)
-        return Unit(group * self.stages + member, chunk, number, (number >= 0) & (number < self.units))
+        real = (number >= 0) & (number < self.units)
+        return Unit(group * self.stages + member, chunk, chunk * self.stages + stage, number, real)
 
     def backward_unit(self, tick: jax.Array, stage: jax.Array | int) -> "Unit":
         """What a stage computes backward in a tick; `number` is that of the same unit in the forward pass."""
@@ -85,7 +91,8 @@ class Schedule:
         backwards, member = jnp.divmod(rest, self.stages)
         chunk = self.interleave - 1 - backwards
         number = (group * self.interleave + chunk) * self.stages + member
-        return Unit(group * self.stages + member, chunk, number, (w >= 0) & (w < self.units))
+        real = (w >= 0) & (w < self.units)
+        return Unit(group * self.stages + member, chunk, chunk * self.stages + stage, number, real)
 
 
 @jax.tree_util.register_dataclass
@@ -95,6 +102,8 @@ class Unit:
 
     part: jax.Array
     chunk: jax.Array
+    place: jax.Array
+    """Of the chunk among those of all stages, in the order in which a part goes through them."""
     number: jax.Array
     """In the order of the stage's forward pass."""
     real: jax.Array

@@ -249,11 +249,11 @@ class _Parts:
         x_BSD, context, key = self.before(shared, given, fixed)
         return x_BSD, self.no_reports(x_BSD, context, key)
 
-    def chunk(self, given: Any, fixed: Any, layers: Any, x: Any, number: Int[Array, ""]) -> Any:
+    def chunk(self, given: Any, fixed: Any, layers: Any, x: Any, place: Int[Array, ""]) -> Any:
         # The context does not depend on these parameters, or is given.
         shared = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.shared)
         _, context, key = self.before(shared, given, fixed)
-        first = number * self.size
+        first = place * self.size
         layers = _listed(cast(layers, self.pipelined.precision))
         y_BSD, reports = self.cut.repeats(layers, x[0], context, key, first)
 

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from llmlab.nn.moe.exchange import even_rows, sum_of_further_rounds
 from llmlab.plan.cost import count
-from llmlab.plan.hlo import Module, Shape, parse_instruction, shapes_of
-from llmlab.plan.work import convolution_flops, work
+from llmlab.plan.hlo import UNEVEN, Module, Shape, parse_instruction, shapes_of
+from llmlab.plan.work import EVEN_ROWS, convolution_flops, work
 
 
 def shape(*dims: int) -> jax.ShapeDtypeStruct:
@@ -198,3 +199,22 @@ ENTRY %main (x: bf16[96,16], w: bf16[4,16,32], s: (s32[], f32[8])) -> bf16[96,32
     assert work(found).flops == product * 64 // 96
     assert work(found).evenly
     assert not found.unknown_loops
+
+
+def test_layers_name_what_depends_on_the_use_of_experts_as_plans_read_it() -> None:
+    def loss(x: jax.Array) -> jax.Array:
+        with even_rows(4, 6):
+            return jnp.sum(x @ x)
+
+    computations = module(jax.grad(loss), jnp.ones((6, 6))).computations.values()
+    products = [i for computation in computations for i in computation.instructions.values() if i.opcode == "dot"]
+    assert len(products) == 2  # gradients of the two factors
+    for product in products:
+        found = EVEN_ROWS.search(product.source)
+        assert found is not None
+        assert found.groups() == ("4", "6")
+
+    rounds = module(lambda num, x: sum_of_further_rounds(lambda i, x: x * x, num, x), jnp.asarray(3), jnp.ones(2))
+    loops = [i for c in rounds.computations.values() for i in c.instructions.values() if i.opcode == "while"]
+    assert loops
+    assert all(UNEVEN in loop.source for loop in loops)
