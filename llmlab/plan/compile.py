@@ -180,9 +180,7 @@ def uncounted(done: Work, unknown_loops: Sequence[str]) -> list[str]:
     """Warnings about what the counts above leave out."""
     found = [f"the FLOPs of kernel {name} are unknown and not counted" for name in sorted(done.unknown_kernels)]
     if done.evenly:
-        found.append(
-            "experts are taken to be used evenly; where they are not, the busiest chip does more, and exchanges"
-        )
+        found.append("experts are taken to be used evenly; where they are not, the busiest chip does more than this")
     return found + [
         f"the trip count of loop {loop} does not show; it counts once" for loop in dict.fromkeys(unknown_loops)
     ]
