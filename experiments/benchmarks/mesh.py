@@ -3,7 +3,7 @@
 Claim    The machinery of meshes costs one device less than 2% of a step.
 Command  python experiments/benchmarks/mesh.py
 Cost     2 minutes on 2 CPU cores
-Result   holds: nothing measurable. Eight simulated devices take 1.2 to 1.25 times one device's time at this shape:
+Result   holds: nothing measurable. Eight simulated devices take 1.2 to 1.3 times one device's time at this shape:
          results/mesh_cpu.md
 
 Programs of the same step take turns in one process that has eight simulated CPU devices (the cores are the same for all
