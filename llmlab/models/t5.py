@@ -15,8 +15,9 @@ so that targets are short and a step costs about half of a denoiser's that predi
 
 Cost per layer, forward: an encoder token 2 (4 N H D + 2 D F) FLOPs (3 D F when gated) plus 4 T N H in attention; a
 decoder token 2 (6 N H D + 2 D F) plus 4 (S + T) N H; and each source token 4 N H D for keys and values that the
-decoder layer looks at. The bias is a lookup per head, query and key: O(S T N) memory traffic a layer, which fused
-kernels without biases (cuDNN's masks, splash) cannot take; ALiBi and rotary positions avoid it.
+decoder layer looks at. The bias is a lookup per head, query and key: O(S T N) memory traffic a layer, except where a
+kernel lays its S + T - 1 numbers a head along the diagonals itself (llmlab.nn.kernels.relative, on TPUs). cuDNN's and
+splash attention cannot take it; ALiBi and rotary positions avoid it.
 """
 
 from collections.abc import Collection, Mapping

@@ -293,6 +293,9 @@ class ALiBiBias(Bias):
     def slopes(self) -> Float[Array, "N"]:
         return jnp.asarray(self.of_heads, jnp.float32)
 
+    def by_distance(self, num_queries: int, num_keys: int) -> Float[Array, "N R"]:
+        return SlopeBias(self.slopes()).by_distance(num_queries, num_keys)
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -310,6 +313,9 @@ class SlopeBias(Bias):
 
     def slopes(self) -> Float[Array, "N"]:
         return self.slopes_N
+
+    def by_distance(self, num_queries: int, num_keys: int) -> Float[Array, "N R"]:
+        return -self.slopes_N[:, None] * np.abs(np.arange(1 - num_queries, num_keys, dtype=np.float32))
 
 
 def alibi_slopes(num_heads: int) -> tuple[float, ...]:
@@ -394,6 +400,10 @@ class T5Bias(Bias):
 
     def heads(self, first: Int[Array, ""], count: int) -> "T5Bias":
         return T5Bias(jax.lax.dynamic_slice_in_dim(self.distance_NR, first, count))
+
+    def by_distance(self, num_queries: int, num_keys: int) -> Float[Array, "N R"]:
+        reach = self.distance_NR.shape[1] // 2
+        return self.distance_NR[:, np.clip(np.arange(1 - num_queries, num_keys), -reach, reach) + reach]
 
 
 def _distance(query_index: Index, kv_index: Index) -> Int[Array, "B S T"]:

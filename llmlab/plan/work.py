@@ -3,7 +3,7 @@
 FLOPs are those of matrix products: 2 for each multiply-add of every dot and convolution, also inside fusions. The TPU
 compiler writes a product of matrices as a convolution with a window that slides over padding; places where the window
 is over padding do no work and do not count. Kernels (Pallas) are opaque to the compiler and cost what the table below
-says. Splash attention counts every pair of query and key, masked or not, as the models' own formula does; the kernel
+says. Attention kernels count every pair of query and key, masked or not, as the models' own formula does; the kernel
 skips blocks that a causal mask hides, so it does up to half of that. Products of experts do the rows that there are:
 counted are those of even use, where the name of the operation tells how many of an array's rows that is.
 
@@ -138,13 +138,16 @@ def _meetings(left: int, kernel: int, result: int, place: Mapping[str, int]) -> 
 
 # Part of a kernel's name -> products of queries and keys that it makes along the width of keys, and along that of
 # values: each is 2 x queries x keys x width.
-_SPLASH = (
+_ATTENTION = (
     ("splash_mqa_fwd", 1, 1),  # scores; values
     ("splash_mqa_dkv", 2, 2),  # scores again, gradient of keys; gradients of the weights, of values
     ("splash_mqa_dq", 2, 1),  # scores again, gradient of queries; gradient of the weights
     ("splash_mha_fwd", 1, 1),
     ("splash_mha_dkv", 2, 2),
     ("splash_mha_dq", 2, 1),
+    ("relative_fwd", 1, 1),
+    ("relative_dkv", 2, 2),
+    ("relative_dq", 2, 1),
 )
 
 
@@ -152,7 +155,7 @@ def kernel_flops(instruction: Instruction, inside: Computation) -> int | None:
     """FLOPs of a Pallas kernel by its name and shapes; None for one that is not known here."""
     name, shapes = instruction.name, inside.operand_shapes(instruction)
     floating = [shape for shape in shapes if shape.dtype in ("bf16", "f32", "f16") and len(shape.dims) > 1]
-    for part, of_keys, of_values in _SPLASH:
+    for part, of_keys, of_values in _ATTENTION:
         if part in name:  # queries (..., group, S, H), keys (..., T, H), values (..., T, V)
             queries, keys, values = floating[:3]
             width = of_keys * keys.dims[-1] + of_values * values.dims[-1]

@@ -15,6 +15,7 @@ from llmlab.nn.kernels import Bias, Scoring, attention, choose, dispatch
 from llmlab.nn.kernels.blockwise import blockwise
 from llmlab.nn.kernels.cudnn import cudnn, cudnn_lacks
 from llmlab.nn.kernels.reference import reference
+from llmlab.nn.kernels.relative import relative, relative_lacks
 from llmlab.nn.kernels.splash import _sloped, splash, splash_lacks
 from llmlab.nn.kernels.unrolled import unrolled
 from llmlab.nn.masks import Causal, Full, Mask, Padding, Prefix, Segments, SlidingWindow
@@ -28,6 +29,7 @@ KERNELS: Mapping[str, RunKernel] = {
     "unrolled": unrolled,
     "cudnn": partial(cudnn, implementation="xla"),  # the same wrapper, without the GPU
     "splash": partial(splash, interpret=True),  # the same kernel, run in Python
+    "relative": partial(relative, interpret=True),
 }
 
 
@@ -61,6 +63,8 @@ class Case:
             return cudnn_lacks(q, k, scoring, "gpu")
         if kernel == "splash":
             return splash_lacks(q, k, scoring, "tpu")
+        if kernel == "relative":
+            return relative_lacks(scoring, "tpu")
         if kernel == "unrolled" and scoring.indexed:
             return "no cached decoding"
         return None
@@ -102,6 +106,13 @@ CASES: Mapping[str, Case] = {
         Causal() & packed(70), kv_heads=3, heads=6, bias=ALiBi().build(6, rngs=nnx.Rngs(params=0)).bias()
     ),
     "t5": Case(packed(70), bias=_T5),
+    "t5, several blocks": Case(packed(300), num_queries=300, num_keys=300, bias=_T5),
+    "t5, several blocks, some beyond the window": Case(
+        Causal() & SlidingWindow(left=150) & _left_padding(520), num_queries=300, num_keys=520, bias=_T5
+    ),
+    "alibi both ways, some blocks beyond the window": Case(
+        SlidingWindow(60, 170), num_queries=520, num_keys=300, kv_heads=4, bias=_ALIBI
+    ),
     "dropout": Case(Causal(), bias=_T5, settings={"dropout": 0.4, "seed": _SEED}),
     "cached decoding": Case(
         Causal() & SlidingWindow(left=20),
@@ -334,9 +345,10 @@ def shapes(
     [
         ("tpu", (2048, 2048, jnp.bfloat16, 64), {}, "splash"),
         ("tpu", (2048, 2048, jnp.bfloat16, 64), {"bias": _ALIBI}, "splash"),
-        ("tpu", (2048, 2048, jnp.bfloat16, 64), {"bias": _T5}, "blockwise"),
+        ("tpu", (2048, 2048, jnp.bfloat16, 64), {"bias": _T5}, "relative"),
+        ("tpu", (2048, 2048, jnp.bfloat16, 64), {"bias": _T5, "dropout": 0.1, "seed": _SEED}, "blockwise"),
         ("tpu", (2048, 2048, jnp.bfloat16, 64), {"bias": _ALIBI, "softcap": 30.0}, "blockwise"),
-        ("tpu", (2048, 131_072, jnp.bfloat16, 64), {"bias": _ALIBI}, "blockwise"),
+        ("tpu", (2048, 131_072, jnp.bfloat16, 64), {"bias": _ALIBI}, "relative"),
         ("tpu", (64, 64, jnp.bfloat16, 64), {}, "reference"),
         ("tpu", (1, 2048, jnp.bfloat16, 64), {"query_index": jnp.zeros((2, 1), jnp.int32)}, "reference"),
         ("gpu", (2048, 2048, jnp.bfloat16, 64), {}, "cudnn"),

@@ -27,3 +27,8 @@ class Bias(abc.ABC):
         """One number per head where, for the keys up to a query's own, the bias is that slope times the key's index and
         something that is the same for all keys: a kernel can have it as an inner product. None for any other bias."""
         return None
+
+    def by_distance(self, num_queries: int, num_keys: int) -> Float[Array, "N R"] | None:
+        """The bias of every distance, key index minus query index, from 1 - num_queries to num_keys - 1, where it is a
+        function of nothing else: a kernel can lay these numbers out along the diagonals. None for any other bias."""
+        return None

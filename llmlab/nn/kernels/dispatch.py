@@ -6,6 +6,7 @@
     unrolled     CPUs, short sequences                                       O(S T), halved when causal
     cudnn        NVIDIA GPUs in half precision                               O(S + T), plus O(S T) for dynamic masks
     splash       TPUs                                                        O(S + T)
+    relative     TPUs, biases of distance (T5, ALiBi in encoders)            O(S + T)
 
 `auto` decides while tracing, from the platform (see llmlab.nn.platform), the shapes and what the kernels support.
 
@@ -26,13 +27,14 @@ from llmlab.nn.kernels.blockwise import blockwise
 from llmlab.nn.kernels.context import by_all_to_all, by_ring, split
 from llmlab.nn.kernels.cudnn import cudnn, cudnn_lacks
 from llmlab.nn.kernels.reference import reference
+from llmlab.nn.kernels.relative import relative, relative_lacks
 from llmlab.nn.kernels.scoring import Scoring
 from llmlab.nn.kernels.splash import splash, splash_lacks
 from llmlab.nn.kernels.unrolled import unrolled
 from llmlab.nn.masks import Mask
 from llmlab.nn.platform import platform
 
-Kernel = Literal["auto", "reference", "blockwise", "unrolled", "cudnn", "splash"]
+Kernel = Literal["auto", "reference", "blockwise", "unrolled", "cudnn", "splash", "relative"]
 
 # Queries and keys per block of `blockwise`. Accelerators want large ones; on CPU a block's logits should stay in the
 # cache: from 512 to 8,192 tokens 128 took 0.6 to 0.8 of the time of 256 or 512.
@@ -124,6 +126,8 @@ def _computed(
             return cudnn(q_BSNH, k_BTKH, v_BTKH, scoring)
         case "splash":
             return splash(q_BSNH, k_BTKH, v_BTKH, scoring)
+        case "relative":
+            return relative(q_BSNH, k_BTKH, v_BTKH, scoring)
     raise ValueError(f"kernel={kernel!r} is unknown; use one of {', '.join(get_args(Kernel))}")
 
 
@@ -142,14 +146,17 @@ def lacks(
             return cudnn_lacks(q_BSNH, k_BTKH, scoring, platform())
         case "splash":
             return splash_lacks(q_BSNH, k_BTKH, scoring, platform())
+        case "relative":
+            return relative_lacks(scoring, platform())
     return None
 
 
 def choose(q_BSNH: Float[Array, "B S N H"], k_BTKH: Float[Array, "B T K H"], scoring: Scoring) -> Kernel:
     """The kernel that `auto` takes."""
     batch, num_queries, num_keys = q_BSNH.shape[0], q_BSNH.shape[1], k_BTKH.shape[1]
-    if lacks("splash", q_BSNH, k_BTKH, scoring) is None and num_queries >= 128:
-        return "splash"
+    for kernel in ("splash", "relative"):
+        if num_queries >= 128 and lacks(kernel, q_BSNH, k_BTKH, scoring) is None:
+            return kernel
     mask_fits = 2 * batch * num_queries * num_keys <= _EXPLICIT_MASK
     if lacks("cudnn", q_BSNH, k_BTKH, scoring) is None and mask_fits:
         return "cudnn"

@@ -14,25 +14,19 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from llmlab.nn.kernels.heads import join_heads, split_heads
 from llmlab.nn.kernels.scoring import Scoring
-from llmlab.nn.masks import Causal, Mask, Padding, Segments, SlidingWindow
+from llmlab.nn.kernels.tiles import block, foreign_mask, padded, reach, segments
+from llmlab.nn.masks import Causal, Mask
 from llmlab.sharding.rules import active_placement
 
-# The kernel works on tiles of 128 lanes.
-_LANES = 128
-# Larger blocks amortise better; 512 is what fits the scratch memory at head_dim 128 to 256.
-_BLOCKS = (512, 256, 128)
 # bfloat16 holds whole numbers up to this, and multiples of it up to its square.
 _WHOLE = 256
-# The segment of keys that no query may see.
-_NOWHERE = np.iinfo(np.int32).min
 # Every query may also see a nothing of this logit: no weight beside any allowed key, all of it where there is none, so
 # that such a query gets zeros. The kernel would give it the mean of keys that it may not see.
 _SINK = -1e30
@@ -57,12 +51,12 @@ def splash(
     """
     batch, num_queries, _, _ = q_BSNH.shape
     # The kernel has no scale. Rounding q * scale to q's dtype is exact where the scale is a power of two (head_dim 64).
-    q_BKGSH = _padded(split_heads((q_BSNH * scoring.scale).astype(q_BSNH.dtype), k_BTKH.shape[2]), 3)
-    k_BKTH, v_BKTH = _padded(k_BTKH.swapaxes(1, 2), 2), _padded(v_BTKH.swapaxes(1, 2), 2)
+    q_BKGSH = padded(split_heads((q_BSNH * scoring.scale).astype(q_BSNH.dtype), k_BTKH.shape[2]), 3)
+    k_BKTH, v_BKTH = padded(k_BTKH.swapaxes(1, 2), 2), padded(v_BTKH.swapaxes(1, 2), 2)
     slopes_N = None if scoring.bias is None else scoring.bias.slopes()
     if slopes_N is not None:
         q_BKGSH, k_BKTH = _sloped(q_BKGSH, k_BKTH, slopes_N)
-    segments = _segments(scoring.mask, batch, num_queries, k_BTKH.shape[1])
+    ids = segments(scoring.mask, batch, num_queries, k_BTKH.shape[1])
     run = partial(
         _attend,
         mask=_static(scoring.mask, (q_BKGSH.shape[3], k_BKTH.shape[2])),
@@ -73,9 +67,9 @@ def splash(
     placement = active_placement()
     if placement is not None:
         spec = placement.spec(("batch", "kv_heads", "heads", None, None), q_BKGSH.shape)
-        kv, ids = PartitionSpec(*spec[:2]), PartitionSpec(spec[0])
-        run = placement.shard_map(run, in_specs=(spec, kv, kv, ids), out_specs=spec)
-    return join_heads(run(q_BKGSH, k_BKTH, v_BKTH, segments)[:, :, :, :num_queries])
+        kv, rows = PartitionSpec(*spec[:2]), PartitionSpec(spec[0])
+        run = placement.shard_map(run, in_specs=(spec, kv, kv, rows), out_specs=spec)
+    return join_heads(run(q_BKGSH, k_BKTH, v_BKTH, ids)[:, :, :, :num_queries])
 
 
 def splash_lacks(
@@ -95,18 +89,7 @@ def splash_lacks(
             return f"with a bias it counts to {_WHOLE**2} keys"
     if scoring.indexed:
         return "queries or keys have an index of their own (cached decoding)"
-    kinds = [type(term) for term in scoring.mask.terms]
-    if kinds.count(Segments) > 1:
-        return "it takes one pair of segment ids"
-    unknown = [kind.__name__ for kind in kinds if kind not in (Causal, SlidingWindow, Segments, Padding)]
-    return f"{' and '.join(unknown)} is no mask it knows" if unknown else None
-
-
-def _padded(x: jax.Array, axis: int, value: int = 0) -> jax.Array:
-    """x lengthened to whole tiles."""
-    missing = -x.shape[axis] % _LANES
-    widths = [(0, missing if i == axis else 0) for i in range(x.ndim)]
-    return jnp.pad(x, widths, constant_values=value) if missing else x
+    return foreign_mask(scoring.mask)
 
 
 def _sloped(
@@ -131,41 +114,19 @@ def _sloped(
     )
 
 
-def _segments(mask: Mask, batch: int, num_queries: int, num_keys: int) -> kernels.SegmentIds | None:
-    """Segment ids that say what is dynamic in the mask, and which keys are mere padding to whole tiles."""
-    segments = mask.find(Segments)
-    padding = [term for term in mask.terms if isinstance(term, Padding)]
-    # Causally, only queries that are padding themselves look at keys that are padding.
-    ragged = num_keys % _LANES and not (mask.find(Causal) and num_queries == num_keys)
-    if segments is None and not padding and not ragged:
-        return None
-    query_BS, kv_BT = jnp.zeros((batch, num_queries), jnp.int32), jnp.zeros((batch, num_keys), jnp.int32)
-    if segments is not None:
-        query_BS, kv_BT = segments.query_BS.astype(jnp.int32), segments.kv_BT.astype(jnp.int32)
-    for term in padding:
-        kv_BT = jnp.where(term.kv_BT, kv_BT, _NOWHERE)
-    return kernels.SegmentIds(_padded(query_BS, 1), _padded(kv_BT, 1, _NOWHERE))
-
-
 def _static(mask: Mask, shape: tuple[int, int]) -> masks.Mask:
     """What is static in the mask."""
-    windows = [term for term in mask.terms if isinstance(term, SlidingWindow)]
-    lefts = [window.left for window in windows if window.left is not None]
-    rights = [window.right for window in windows if window.right is not None]
-    if mask.find(Causal) is not None:
-        if not lefts:
-            return masks.CausalMask(shape)
-        rights.append(0)
-    if not lefts and not rights:
+    left, right = reach(mask)
+    if left is None and right is None:
         return masks.FullMask(shape)
-    return masks.LocalMask(shape, (min(lefts, default=None), min(rights, default=None)), offset=0)
+    return masks.CausalMask(shape) if (left, right) == (None, 0) else masks.LocalMask(shape, (left, right), offset=0)
 
 
 def _attend(
     q_BKGSH: Float[Array, "B K G S H"],
     k_BKTH: Float[Array, "B K T H"],
     v_BKTV: Float[Array, "B K T V"],
-    segments: kernels.SegmentIds | None,
+    ids: tuple[Int[Array, "B S"], Int[Array, "B T"]] | None,
     *,
     mask: masks.Mask,
     softcap: float | None,
@@ -173,7 +134,7 @@ def _attend(
 ) -> Float[Array, "B K G S V"]:
     """The kernel on one device's rows and heads."""
     group = q_BKGSH.shape[2]
-    query, kv = (max(size for size in _BLOCKS if length % size == 0) for length in mask.shape)
+    query, kv = (block(length) for length in mask.shape)
     sizes = kernels.BlockSizes(
         block_q=query,
         block_kv=kv,
@@ -195,7 +156,7 @@ def _attend(
         )
     sinks = jnp.full(group, _SINK, jnp.float32)
     per_head = jax.vmap(kernel, in_axes=(0, 0, 0, None, None))
-    per_row = jax.vmap(per_head, in_axes=(0, 0, 0, None if segments is None else 0, None))
-    o_BKGSV = per_row(q_BKGSH, k_BKTH, v_BKTV, segments, sinks)
+    per_row = jax.vmap(per_head, in_axes=(0, 0, 0, None if ids is None else 0, None))
+    o_BKGSV = per_row(q_BKGSH, k_BKTH, v_BKTV, None if ids is None else kernels.SegmentIds(*ids), sinks)
     assert isinstance(o_BKGSV, jax.Array)  # the kernel would return more if residuals were asked for
     return o_BKGSV
