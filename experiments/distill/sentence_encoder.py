@@ -120,11 +120,11 @@ def config(steps: int = STEPS) -> Experiment:
 
 def spearman(run: Run) -> Mapping[str, float]:
     """Correlation of the ranks of all pairs' cosines with the teacher's, on docstrings that were held out."""
-    texts = [example.texts[0] for example in run.experiment.data.read()[1]][:HELD_OUT]  # type: ignore[attr-defined]
+    texts = [example.texts[0] for example in run.experiment.data.read()[1]][:HELD_OUT]  # type: ignore[attr-defined]  Docstrings
     batch = run.tokenizer(texts, add_special_tokens=True, truncation="right", max_length=LENGTH, padding=LENGTH)
     cosines = [
         _cosines(model, batch.input_ids, batch.attention_mask)
-        for model in (run.model, llmlab.load(run.experiment.objective.teacher))  # type: ignore[attr-defined]
+        for model in (run.model, llmlab.load(run.experiment.objective.teacher))  # type: ignore[attr-defined]  Distill
     ]
     mine, theirs = (np.argsort(np.argsort(each)).astype(np.float64) for each in cosines)
     return {"spearman": float(np.corrcoef(mine, theirs)[0, 1])}

@@ -414,4 +414,4 @@ def test_a_caption_that_is_cut_keeps_its_end() -> None:
 def test_settings_that_make_no_sense_are_refused() -> None:
     for wrong in ({"scale": 0}, {"std": (0.0,)}, {"caption": "a digit"}, {"validation_fraction": 1.0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
-            Digits(**wrong)  # pyright: ignore[reportArgumentType]
+            Digits(**wrong)  # pyright: ignore[reportArgumentType]  the values are what is tested

@@ -58,7 +58,7 @@ def test_chosen_tokens_are_labels_and_all_others_are_seen_as_they_are(
     places = max(1, round(config.rate * length))
     assert found["masked_positions"].tolist() == [*np.flatnonzero(chosen), *[-1] * (places - chosen.sum())]
     most = max(1, round(config.rate * ordinary.sum())) if ordinary.any() else 0
-    whole = isinstance(config, SpanMasking) or config.whole_words  # pyright: ignore[reportAttributeAccessIssue]
+    whole = isinstance(config, SpanMasking) or (isinstance(config, TokenMasking) and config.whole_words)
     assert chosen.sum() <= most if whole else chosen.sum() == most
     for name in ("segment_ids", "position_ids"):
         np.testing.assert_array_equal(found[name], row[name])

@@ -65,7 +65,7 @@ def refusal(ablation: Ablation) -> str:
 
 def test_swap_replaces_every_instance_and_nothing_else(experiment: Experiment) -> None:
     swapped = swap(RMSNorm, LayerNorm())(experiment)
-    blocks = tuple(replace(block, norm=LayerNorm()) for block in experiment.model.pattern)  # type: ignore[attr-defined]
+    blocks = tuple(replace(block, norm=LayerNorm()) for block in experiment.model.pattern)  # type: ignore[attr-defined]  a Transformer
     assert swapped == replace(experiment, model=replace(experiment.model, pattern=blocks, final_norm=LayerNorm()))
     assert "RMSNorm" not in repr(swapped)
 

@@ -12,7 +12,7 @@ import pytest
 
 from llmlab.cli import main
 from llmlab.experiment import Experiment
-from llmlab.models.config import Tied, Untied
+from llmlab.models.config import Tied, Transformer, Untied
 from llmlab.study import scaling_results, work
 from llmlab.study.laws import Cost, Law
 from llmlab.study.report import scaling as report
@@ -23,9 +23,11 @@ LAW = Law(E=0.9, A=30.0, B=60.0, alpha=0.4, beta=0.35)
 
 
 def member(tiny: Experiment, width: int) -> Experiment:
-    mixer = dataclasses.replace(tiny.model.pattern[0].mixer, num_heads=width // 8)  # pyright: ignore[reportAttributeAccessIssue]
-    ffn = dataclasses.replace(tiny.model.pattern[0].ffn, hidden_dim=2 * width)  # pyright: ignore[reportAttributeAccessIssue]
-    block = dataclasses.replace(tiny.model.pattern[0], mixer=mixer, ffn=ffn)  # pyright: ignore[reportAttributeAccessIssue]
+    assert isinstance(tiny.model, Transformer)
+    (block,) = tiny.model.pattern
+    mixer = dataclasses.replace(block.mixer, num_heads=width // 8)  # pyright: ignore[reportCallIssue]  Attention
+    ffn = dataclasses.replace(block.ffn, hidden_dim=2 * width)  # pyright: ignore[reportCallIssue]  MLP
+    block = dataclasses.replace(block, mixer=mixer, ffn=ffn)
     model = dataclasses.replace(tiny.model, embed_dim=width, pattern=(block,), vocab_size=384)
     return dataclasses.replace(tiny, model=model)
 
@@ -67,7 +69,8 @@ def analysed(scaling: Scaling, runs: Mapping[str, Trial]) -> dict[str, Any]:
 def test_n_leaves_out_what_is_looked_up_and_c_is_the_models_own_count(tiny: Experiment) -> None:
     tied = member(tiny, 16)
     untied = dataclasses.replace(tied, model=dataclasses.replace(tied.model, head=Untied()))
-    assert isinstance(tied.model.head, Tied)  # pyright: ignore[reportAttributeAccessIssue]
+    assert isinstance(tied.model, Transformer)
+    assert isinstance(tied.model.head, Tied)
     # attention 4 D^2, feed-forward 2 D F with biases, two norms in the block; there is no final norm
     body = 4 * 16**2 + 2 * 16 * 32 + (32 + 16) + 2 * 16
     for experiment in (tied, untied):
@@ -234,7 +237,9 @@ def test_the_command_plans_runs_and_reports(
 
     def execute(jobs: Mapping[str, Experiment], **where: Any) -> dict[str, Trial]:
         assert (where["workers"], where["root"]) == (2, Path("elsewhere"))
-        return trials(read_scaling(Path("study.py")))  # pyright: ignore[reportArgumentType]
+        study = read_scaling(Path("study.py"))
+        assert isinstance(study, Scaling)
+        return trials(study)
 
     monkeypatch.setattr(work, "execute", execute)
     monkeypatch.syspath_prepend(directory)
