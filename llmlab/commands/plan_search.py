@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmlab.commands.plan_arithmetic import Arithmetic, with_remat
 from llmlab.plan.report import Plan
-from llmlab.plan.search import Candidate, Limits, Sizes, candidates, quick_seconds, spread
+from llmlab.plan.search import AXES_TRIED, Candidate, Limits, Sizes, candidates, quick_seconds, spread
 
 if TYPE_CHECKING:
     from llmlab.experiment import Experiment
@@ -51,8 +51,8 @@ def run(experiment: "Experiment", path: Path, topology: "Topology", *, at_once: 
     if not chosen:
         raise ValueError(nothing(experiment, topology, possible))
     messages.print(
-        f"{possible} choices are possible; compiling the {len(chosen)} most promising that fit by arithmetic "
-        "(--limit changes how many)"
+        f"{possible} choices are possible; compiling {len(chosen)}: the experiment's own where it is one, and the most "
+        "promising that fit by arithmetic (--limit changes how many)"
     )
     outcomes = sorted(compiled(experiment, path, topology, chosen, at_once, messages), key=lambda one: one.rank)
     best = outcomes[0] if outcomes[0].plan is not None and outcomes[0].plan.memory.fits else None
@@ -87,7 +87,9 @@ def choose(arithmetic: Arithmetic, topology: "Topology", limit: int) -> tuple[in
         parameters=model.num_parameters(),
         num_layers=arithmetic.num_layers,
         embed_dim=max(arithmetic.dims.get("embed", {1})),
+        kv_dim=max(arithmetic.dims.get("kv_heads", {1})) * max(arithmetic.dims.get("head_dim", {1})),
         tokens=model.num_tokens(shapes),
+        kept=arithmetic.kept("none", train.precision) * train.batch_size,
         item=4 if train.precision == "float32" else 2,
     )
 
@@ -103,7 +105,27 @@ def choose(arithmetic: Arithmetic, topology: "Topology", limit: int) -> tuple[in
 
     fitting = [candidate for candidate in every if fits(candidate)]
     ordered = sorted(fitting, key=lambda candidate: quick_seconds(candidate, sizes, topology))
-    return len(every), spread(ordered, limit)
+    own = written(arithmetic, topology, limits)
+    others = [one for one in ordered if own is None or dataclasses.replace(one, written=True) != own]
+    return len(every), [*([] if own is None else [own]), *spread(others, limit)][:limit]
+
+
+def written(arithmetic: Arithmetic, topology: "Topology", limits: Limits) -> Candidate | None:
+    """The experiment's own choices; None where they are not possible on these chips."""
+    experiment = arithmetic.experiment
+    try:
+        sizes = experiment.mesh.resolve(topology.num_chips)
+    except ValueError:
+        return None
+    if not limits.admits(sizes, experiment.train.accumulation):
+        return None
+    execution = getattr(arithmetic.model, "execution", None)
+    return Candidate(
+        mesh=dataclasses.replace(experiment.mesh, **{axis: sizes[axis] for axis in AXES_TRIED}),
+        remat="none" if execution is None else execution.remat,
+        accumulation=experiment.train.accumulation,
+        written=True,
+    )
 
 
 def compiled(

@@ -21,7 +21,8 @@ def render(rows: Sequence[tuple[Candidate, Plan | None, str]], chip: Chip, comma
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("bound", no_wrap=True)
     for candidate, plan, problem in rows:
-        first = (candidate.label, candidate.remat, str(candidate.accumulation))
+        label = f"{candidate.label} (as written)" if candidate.written else candidate.label
+        first = (label, candidate.remat, str(candidate.accumulation))
         if plan is None:
             table.add_row(*first, "", "", "", "", "", "", Text(problem[:60], style="red"))
         elif plan.times is None or not plan.memory.fits:

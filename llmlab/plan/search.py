@@ -1,9 +1,12 @@
 """What to try: mesh shapes x remat policies x microbatches, and in which order.
 
 A candidate must be possible (axes divide what they split), then fit by arithmetic (llmlab.plan.memory), and only then
-is it worth a compilation. Those that fit are tried in the order of a quick estimate of the time of a step:
+is it worth a compilation. The experiment's own choices are always compiled, so that what a search finds is never worse.
+Others that fit are tried in the order of a quick estimate of the time of a step:
 
     compute    model FLOPs x recomputation / (chips x peak), recomputation 4/3 for "full", 1.1 for "dots"
+    memory     what the forward pass makes for the backward pass, read and written twice and a half, once more where
+               it is computed again; parameters, read and gradients written, in each microbatch; what tensor gathers
     data       gradients, all-reduced in the type of the arithmetic, once a step
     fsdp       parameters gathered for each forward and backward pass (again where "full" repeats the forward pass) and
                gradients scattered, in each microbatch
@@ -11,9 +14,9 @@ is it worth a compilation. Those that fit are tried in the order of a quick esti
     sequence   keys and values once around the ring, forward and twice backward
     expert     tokens to their experts and back, forward and backward
 
-taking the longer of compute and the sum of the rest, on the links of one dimension of the torus, and a fifth of the
-shorter. It decides what is
-compiled first, nothing else: candidates that were compiled are ranked by their own roofline.
+taking the longest of compute, memory and the sum of the rest (on the links of one dimension of the torus), and a fifth
+of the others. It decides what is compiled first, nothing else: candidates that were compiled are ranked by their own
+roofline.
 """
 
 import dataclasses
@@ -31,6 +34,8 @@ AXES_TRIED = ("data", "fsdp", "expert", "sequence", "tensor")
 
 RECOMPUTATION = {"none": 1.0, "dots": 1.1, "full": 4 / 3}
 """Remat policy to compiled FLOPs over model FLOPs, roughly."""
+PASSES = {"none": 5, "dots": 6, "full": 7}
+"""Remat policy to how often what the forward pass makes goes through memory, roughly."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +45,8 @@ class Candidate:
     mesh: Mesh
     remat: str
     accumulation: int
+    written: bool = False
+    """Whether these are the experiment's own."""
 
     def flags(self, *, has_remat: bool = True) -> list[str]:
         """What to write on the command line for them."""
@@ -127,8 +134,12 @@ class Sizes:
     """How many."""
     num_layers: int
     embed_dim: int
+    kv_dim: int
+    """Width of a token's keys in a layer, all heads."""
     tokens: int
     """Of a step."""
+    kept: int
+    """Bytes that a step's forward pass makes for its backward pass, over all devices, without rematerialisation."""
     item: int
     """Bytes of a number of the arithmetic."""
 
@@ -140,18 +151,23 @@ def quick_seconds(candidate: Candidate, sizes: Sizes, topology: Topology) -> flo
     compute = sizes.model_flops * RECOMPUTATION[candidate.remat] / (topology.num_chips * chip.peak_flops)
     held = sizes.parameters * sizes.item / ways["tensor"]
     mine = sizes.tokens / math.prod(ways[axis] for axis in ("data", "fsdp", "expert", "sequence"))
-    stream = mine * sizes.embed_dim * sizes.item * sizes.num_layers
+    stream, kv_stream = (mine * dim * sizes.item * sizes.num_layers for dim in (sizes.embed_dim, sizes.kv_dim))
+    passing = PASSES[candidate.remat] * sizes.kept / topology.num_chips + 6 * held * candidate.accumulation
+    if ways["tensor"] > 1:
+        passing += 2 * stream * 4 * (2 + again)  # gathered: written and read
+    memory = passing / chip.memory_bandwidth
     travels = [
         sent("all-reduce", ways["data"], held / ways["fsdp"]),
         sent("all-gather", ways["fsdp"], held) * (3 + again) * candidate.accumulation,
         sent("all-gather", ways["tensor"], stream) * 4 * (2 + again),
-        sent("all-gather", ways["sequence"], 2 * stream * ways["sequence"] / ways["tensor"]) * (3 + again),
+        sent("all-gather", ways["sequence"], 2 * kv_stream * ways["sequence"] / ways["tensor"]) * (3 + again),
         sent("all-to-all", ways["expert"], 2 * stream) * (2 + again),
     ]
     travel = sum(travels) / (2 * chip.link_bandwidth)
     # Overlap is never perfect, and a microbatch's start and end are not overlapped: of two that take as long by their
     # longest part, the one that sends less in fewer pieces is tried first.
-    return max(compute, travel) + 0.2 * min(compute, travel) + 0.01 * compute * math.log2(candidate.accumulation)
+    longest = max(compute, memory, travel)
+    return 0.8 * longest + 0.2 * (compute + memory + travel) + 0.01 * compute * math.log2(candidate.accumulation)
 
 
 def spread(ordered: Sequence[Candidate], limit: int) -> list[Candidate]:

@@ -7,50 +7,21 @@ says. Attention kernels count every pair of query and key, masked or not, as the
 skips blocks that a causal mask hides, so it does up to half of that. Products of experts do the rows that there are:
 counted are those of even use, where the name of the operation tells how many of an array's rows that is.
 
-Bytes are those between the chip's main memory and its compute units: what each instruction outside of fusions reads
-and writes, a fusion's inside being free. Arrays that the compiler keeps in fast memory do not count, slices count as
-what is read of them, and an array that is updated in place counts as the update.
+Bytes are those between the chip's main memory and its compute units (llmlab.plan.main_memory).
 """
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from llmlab.plan.hlo import Computation, Instruction, Module, Shape
+from llmlab.plan.hlo import Computation, Instruction, Module
+from llmlab.plan.main_memory import traffic
 
-# Nothing is read or written: names for what there is already, or work that its parts do.
-_FREE = frozenset(
-    [
-        "parameter",
-        "constant",
-        "tuple",
-        "get-tuple-element",
-        "bitcast",
-        "while",
-        "conditional",
-        "call",
-        "after-all",
-        "opt-barrier",
-        "partition-id",
-        "replica-id",
-        "add-dependency",
-        "async-update",
-        "async-done",
-        "copy-done",
-        "all-gather-done",
-        "all-reduce-done",
-        "collective-permute-done",
-        "custom-call-done",
-        "domain",
-        "iota",
-    ]
-)
 EVEN_ROWS = re.compile(r"even_rows_(\d+)_of_(\d+)")
 """Part of an operation's name: how many rows of an array even use of experts fills (llmlab.nn.moe.exchange)."""
-_SLICES = frozenset({"dynamic-slice", "slice", "gather"})
 
 
 @dataclass
@@ -167,74 +138,3 @@ def kernel_flops(instruction: Instruction, inside: Computation) -> int | None:
         rows, result = floating[0], instruction.shapes[0]
         return 2 * rows.size * result.dims[-1]
     return None
-
-
-def traffic(instruction: Instruction, inside: Computation, computations: Mapping[str, Computation]) -> int:
-    """Bytes that an instruction outside of fusions reads from main memory and writes to it."""
-    opcode = instruction.opcode
-    if opcode in _FREE:
-        return 0
-    operands = [inside.instructions[name] for name in instruction.operands if name in inside.instructions]
-    if opcode == "fusion":
-        return _fusion_traffic(instruction, operands, computations[instruction.called["calls"]])
-    if opcode == "dynamic-update-slice":
-        return 2 * _slow(operands[1].shapes) if not instruction.shapes[0].fast else 0
-    if opcode in _SLICES:
-        return _slow(instruction.shapes) + (_sizes(instruction.shapes) if not operands[0].shapes[0].fast else 0)
-    if opcode in ("copy-start", "all-gather-start", "collective-permute-start"):  # (source, result, ...), either order
-        return _slow(instruction.shapes[:2])
-    if opcode == "custom-call" and "AllocateBuffer" in instruction.attributes:
-        return 0
-    return _slow(instruction.shapes) + sum(_slow(operand.shapes) for operand in operands)
-
-
-def _fusion_traffic(instruction: Instruction, operands: Sequence[Instruction], body: Computation) -> int:
-    updated, total = _updated(body), 0
-    for number, operand in enumerate(operands):
-        parameter = body.parameters.get(number)
-        if parameter is None or parameter.name in updated:
-            continue
-        users = body.users.get(parameter.name, [])
-        if users and all(user.opcode in _SLICES and user.operands[0] == parameter.name for user in users):
-            if not operand.shapes[0].fast:
-                total += sum(_sizes(user.shapes) for user in users)
-        else:
-            total += _slow(operand.shapes)
-    roots = _results(body)
-    for root, shape in zip(roots, instruction.shapes, strict=False):
-        if shape.fast:
-            continue
-        if root is not None and root.opcode == "dynamic-update-slice":
-            total += 2 * _sizes(body.instructions[root.operands[1]].shapes)
-        else:
-            total += shape.bytes
-    return total + _slow(instruction.shapes[len(roots) :])
-
-
-def _results(body: Computation) -> list[Instruction | None]:
-    """What a fusion's results are made by, bitcasts seen through."""
-    names = body.root.operands if body.root.opcode == "tuple" else (body.root.name,)
-    return [_behind(name, body) for name in names]
-
-
-def _behind(name: str, body: Computation) -> Instruction | None:
-    instruction = body.instructions.get(name)
-    while instruction is not None and instruction.opcode in ("bitcast", "copy"):
-        instruction = body.instructions.get(instruction.operands[0])
-    return instruction
-
-
-def _updated(body: Computation) -> set[str]:
-    """Parameters that a result is an update of, in place."""
-    updates = [root for root in _results(body) if root is not None and root.opcode == "dynamic-update-slice"]
-    targets = [_behind(update.operands[0], body) for update in updates]
-    return {target.name for target in targets if target is not None and target.opcode == "parameter"}
-
-
-def _sizes(shapes: Sequence[Shape]) -> int:
-    return sum(shape.bytes for shape in shapes)
-
-
-def _slow(shapes: Sequence[Shape]) -> int:
-    """Bytes of the arrays that live in main memory."""
-    return sum(shape.bytes for shape in shapes if not shape.fast)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from llmlab.commands.plan_arithmetic import Arithmetic, for_accelerator, with_remat
+from llmlab.commands.plan_search import changed, choose
 from llmlab.commands.plan_worker import settled
 from llmlab.data import Packed, StandardLibrary
 from llmlab.data.masking import TokenMasking
@@ -248,6 +249,24 @@ def test_a_candidates_flags_give_its_mesh() -> None:
         changed = parse(experiment(), one.flags(), prog="x")
         assert changed.mesh.resolve(16) == one.mesh.resolve(16)
         assert (changed.model.execution.remat, changed.train.accumulation) == ("dots", one.accumulation)  # type: ignore[attr-defined]  a Transformer
+
+
+def test_a_search_compiles_the_experiments_own_choices_first_and_nothing_twice() -> None:
+    one = experiment(Mesh(fsdp=2), accumulation=2)
+    possible, chosen = choose(Arithmetic(one), Topology.parse("v5p:2x2x1"), limit=6)
+    assert [each.written for each in chosen] == [True, *[False] * 5]
+    assert possible > 6
+    own = changed(one, chosen[0])
+    assert own.mesh.resolve(4) == one.mesh.resolve(4)
+    assert (own.train, own.model) == (one.train, one.model)
+    assert len({(each.label, each.remat, each.accumulation) for each in chosen}) == 6
+
+
+def test_a_search_does_without_choices_that_the_chips_do_not_admit() -> None:
+    for mesh in (Mesh(data=1, fsdp=3), Mesh(data=1, tensor=4, sequence=1, fsdp=1, expert=1, pipeline=1)):
+        _, chosen = choose(Arithmetic(experiment(mesh, batch_size=16)), Topology.parse("v5p:2x2x2"), limit=4)
+        assert chosen
+        assert not any(each.written for each in chosen)
 
 
 def test_the_compilers_complaints_are_found_in_its_output() -> None:

@@ -147,6 +147,67 @@ ENTRY %main (a: f32[100,8], b: f32[1,8], i: s32[]) -> f32[100,8] {
     assert work(Module.parse(text)).traffic == 2 * row + 2 * row + 2 * row
 
 
+NESTED = """HloModule m
+%layout (p: f32[100,8]) -> f32[100,8] {
+  %p = f32[100,8]{1,0} parameter(0)
+  ROOT %c = f32[100,8]{0,1} copy(%p)
+}
+
+%row (p: f32[100,8], i: s32[]) -> f32[8] {
+  %p = f32[100,8] parameter(0)
+  %i = s32[] parameter(1)
+  %s = f32[1,8] dynamic-slice(%p, %i, %i), dynamic_slice_sizes={1,8}
+  ROOT %b = f32[8] bitcast(%s)
+}
+
+%read (p: f32[100,8], q: f32[100,8], i: s32[], r: f32[8]) -> f32[8] {
+  %p = f32[100,8] parameter(0)
+  %q = f32[100,8] parameter(1)
+  %i = s32[] parameter(2)
+  %r = f32[8]{0:S(1)} parameter(3)
+  %a = f32[8] fusion(%p, %i), kind=kLoop, calls=%row
+  %f = f32[100,8]{0,1} fusion(%q), kind=kLoop, calls=%layout
+  %v = bf16[100,8]{0,1} convert(%f)
+  %s = bf16[2,8] slice(%v), slice={[0:2], [0:8]}
+  %b = f32[8] custom(%s, %r)
+  ROOT %sum = f32[8] add(%a, %b)
+}
+
+%write (p: f32[100,8], u: f32[1,8], i: s32[]) -> f32[100,8] {
+  %p = f32[100,8] parameter(0)
+  %u = f32[1,8] parameter(1)
+  %i = s32[] parameter(2)
+  %f = f32[100,8]{0,1} fusion(%p), kind=kLoop, calls=%layout
+  ROOT %d = f32[100,8]{0,1} dynamic-update-slice(%f, %u, %i, %i)
+}
+
+ENTRY %main (a: f32[100,8], b: f32[100,8], c: f32[1,8], i: s32[], r: f32[8]) -> f32[100,8] {
+  %a = f32[100,8] parameter(0)
+  %b = f32[100,8] parameter(1)
+  %c = f32[1,8] parameter(2)
+  %i = s32[]{:S(6)} parameter(3)
+  %r = f32[8]{0:S(1)} parameter(4)
+  FUSION
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("fusion", "rows"),
+    [
+        # one row of a; two rows of b; the result; what r has is in fast memory
+        ("ROOT %x = f32[8] fusion(%a, %b, %i, %r), kind=kLoop, calls=%read", 1 + 2 + 1),
+        # the new row, read and written; the old array is not read
+        ("ROOT %x = f32[100,8] fusion(%b, %c, %i), kind=kLoop, calls=%write", 1 + 1),
+        # nothing but the layout changes: all of it, read and written
+        ("ROOT %x = f32[100,8] fusion(%a), kind=kLoop, calls=%layout", 100 + 100),
+    ],
+    ids=["slices", "update", "all"],
+)
+def test_slices_and_updates_count_as_such_in_fusions_within_fusions(fusion: str, rows: int) -> None:
+    assert work(Module.parse(NESTED.replace("FUSION", fusion))).traffic == rows * 8 * 4
+
+
 def test_a_computation_of_another_thread_ends_as_others_do() -> None:
     text = """HloModule m
 %first (p: f32[2]) -> f32[2] {

@@ -30,6 +30,7 @@ from llmlab.nn.kernels.reference import reference
 from llmlab.nn.kernels.relative import relative, relative_lacks
 from llmlab.nn.kernels.scoring import Scoring
 from llmlab.nn.kernels.splash import splash, splash_lacks
+from llmlab.nn.kernels.tiles import LANES
 from llmlab.nn.kernels.unrolled import unrolled
 from llmlab.nn.masks import Mask
 from llmlab.nn.platform import platform
@@ -154,8 +155,8 @@ def lacks(
 def choose(q_BSNH: Float[Array, "B S N H"], k_BTKH: Float[Array, "B T K H"], scoring: Scoring) -> Kernel:
     """The kernel that `auto` takes."""
     batch, num_queries, num_keys = q_BSNH.shape[0], q_BSNH.shape[1], k_BTKH.shape[1]
-    for kernel in ("splash", "relative"):
-        if num_queries >= 128 and lacks(kernel, q_BSNH, k_BTKH, scoring) is None:
+    for kernel in ("splash", "relative"):  # at least half of a tile of queries is no padding
+        if num_queries > LANES // 2 and lacks(kernel, q_BSNH, k_BTKH, scoring) is None:
             return kernel
     mask_fits = 2 * batch * num_queries * num_keys <= _EXPLICIT_MASK
     if lacks("cudnn", q_BSNH, k_BTKH, scoring) is None and mask_fits:
