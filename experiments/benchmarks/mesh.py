@@ -3,8 +3,8 @@
 Claim    The machinery of meshes costs one device less than 2% of a step.
 Command  python experiments/benchmarks/mesh.py
 Cost     2 minutes on 2 CPU cores
-Result   holds: nothing measurable. Eight simulated devices take 1.2 to 1.3 times one device's time at this shape:
-         results/mesh_cpu.md
+Result   holds: nothing measurable. Eight simulated devices take 1.1 to 1.3 times one device's time at this shape, by
+         the processor, and 1.0 with an allocator that keeps memory: results/mesh_cpu.md
 
 Programs of the same step take turns in one process that has eight simulated CPU devices (the cores are the same for all
 of them):

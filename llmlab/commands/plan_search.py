@@ -31,11 +31,12 @@ class Outcome:
     """Why there is no plan."""
 
     @property
-    def rank(self) -> tuple[bool, float]:
-        """Those that fit first, by the time of a step."""
+    def rank(self) -> tuple[bool, float, float]:
+        """Those that fit first, by the time of a step; of equal ones (three digits), by what it is without overlap."""
         if self.plan is None or self.plan.times is None:
-            return True, float("inf")
-        return not self.plan.memory.fits, self.plan.times.seconds
+            return True, float("inf"), float("inf")
+        times = self.plan.times
+        return not self.plan.memory.fits, float(f"{times.seconds:.3g}"), sum(times.parts.values())
 
 
 def run(experiment: "Experiment", path: Path, topology: "Topology", *, at_once: int, limit: int, as_json: bool) -> int:

@@ -25,8 +25,8 @@ LAW = Law(E=0.9, A=30.0, B=60.0, alpha=0.4, beta=0.35)
 def member(tiny: Experiment, width: int) -> Experiment:
     assert isinstance(tiny.model, Transformer)
     (block,) = tiny.model.pattern
-    mixer = dataclasses.replace(block.mixer, num_heads=width // 8)  # pyright: ignore[reportCallIssue]  Attention
-    ffn = dataclasses.replace(block.ffn, hidden_dim=2 * width)  # pyright: ignore[reportCallIssue]  MLP
+    mixer = dataclasses.replace(block.mixer, num_heads=width // 8)
+    ffn = dataclasses.replace(block.ffn, hidden_dim=2 * width)
     block = dataclasses.replace(block, mixer=mixer, ffn=ffn)
     model = dataclasses.replace(tiny.model, embed_dim=width, pattern=(block,), vocab_size=384)
     return dataclasses.replace(tiny, model=model)
