@@ -1,7 +1,7 @@
 """Does T5-11B, whose feed-forward is 64 times its width, train on 64 TPU v5p chips?
 
-Claim    In half of their memory and bound by arithmetic, with nothing computed twice: matrices this wide split well over
-         eight chips, and attention with relative biases keeps no scores (llmlab.nn.kernels.relative).
+Claim    In half of their memory and bound by arithmetic, with nothing computed twice: matrices this wide split well
+         over eight chips, and attention with relative biases keeps no scores (llmlab.nn.kernels.relative).
 Command  llmlab plan experiments/plans/t5_11b.py --topology v5p:4x4x4
 Cost     two minutes on 2 CPU cores and no TPU: pip install 'llmlab[tpu]' brings the compiler
 Result   holds by the compiler's own numbers; nothing was run (2026-11-26, jax 0.10.2, libtpu 0.0.42.1):
