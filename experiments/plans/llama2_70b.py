@@ -24,9 +24,9 @@ all-reduce      data + fsdp    330       3.86 GiB  7.68 ms
 all-reduce      fsdp             1            8 B     0 ms
 all                                   1506.35 GiB   3.06 s
 compute         7.89 s   compiled FLOPs / chips / 459 TFLOP/s
-memory          2.04 s   bytes moved / 2,765 GB/s
+memory          1.99 s   bytes moved / 2,765 GB/s
 interconnect    3.06 s   bytes that leave a chip / (links x 90 GB/s)
-bound by compute: at best 7.89 s a step, 1,039 tokens/s a chip, MFU 97.0% if everything overlaps, 58.9%
+bound by compute: at best 7.89 s a step, 1,039 tokens/s a chip, MFU 97.0% if everything overlaps, 59.1%
 """
 
 import dataclasses

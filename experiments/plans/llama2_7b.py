@@ -4,7 +4,7 @@ Claim    With the state split over 32 chips, two such groups, and only matrices'
          memory and is bound by arithmetic: networks and memory leave room for an MFU of 70% and more.
 Command  llmlab plan experiments/plans/llama2_7b.py --topology v5p:4x4x4
 Cost     half a minute on 2 CPU cores and no TPU: pip install 'llmlab[tpu]' brings the compiler
-Result   holds by the compiler's own numbers; nothing was run (2026-11-25, jax 0.10.2, libtpu 0.0.42.1):
+Result   holds by the compiler's own numbers; nothing was run (2026-11-26, jax 0.10.2, libtpu 0.0.42.1):
 
 memory of a chip  47.85 GiB of 95.74 GiB  fits, 50% free
   parameters   803.3 MiB   optimizer 1.57 GiB   temporaries 45.47 GiB (by arithmetic: 49.8)   program 28.7 MiB
@@ -21,9 +21,9 @@ all-reduce      data + fsdp    35      493.2 MiB  0.958 ms  in a slice
 all-reduce      data           33      393.8 MiB   2.29 ms  in a slice
 
 compute        1.84 s    compiled FLOPs / chips / 459 TFLOP/s
-memory         377 ms    bytes moved / 2,765 GB/s
+memory         361 ms    bytes moved / 2,765 GB/s
 interconnect  81.5 ms    bytes that leave a chip / (links x 90 GB/s)
-bound by compute: 1.84 s a step at best, 8,921 tokens/s a chip, MFU 89.6% if everything overlaps, 71.7% if nothing does
+bound by compute: 1.84 s a step at best, 8,921 tokens/s a chip, MFU 89.6% if everything overlaps, 72.2% if nothing does
 
 Two choices matter more than the rest. --mesh.data 1 --mesh.fsdp 64 leaves a chip 64 of 4,096 rows of a matrix, less
 than the 128 of a tile, and the compiler gathers with all-reduces that send twice as much. And an objective that scores

@@ -25,7 +25,7 @@ all-reduce          fsdp + tensor    129       7.84 GiB  15.6 ms
 all-reduce          tensor            12       1.75 GiB  10.4 ms
 all                                         1640.02 GiB  11.34 s
 compute        30.14 s   compiled FLOPs / chips / 459 TFLOP/s
-memory          4.18 s   bytes moved / 2,765 GB/s
+memory          4.17 s   bytes moved / 2,765 GB/s
 interconnect   11.34 s   bytes that leave a chip / (links x 90 GB/s)
 bound by compute: at best 30.14 s a step, 136 tokens/s a chip, MFU 77.7% if everything overlaps, 51.3% if nothing does
 """

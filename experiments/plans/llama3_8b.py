@@ -22,7 +22,7 @@ all-reduce      data + fsdp    35       1.95 GiB  11.6 ms
 all-reduce      data           33      837.6 MiB  9.76 ms
 all                                    58.44 GiB   354 ms
 compute         3.28 s   compiled FLOPs / chips / 197 TFLOP/s
-memory          733 ms   bytes moved / 819 GB/s
+memory          730 ms   bytes moved / 819 GB/s
 interconnect    354 ms   bytes that leave a chip / (links x 45 GB/s)
 bound by compute: at best 3.28 s a step, 2,498 tokens/s a chip, MFU 73.4% if everything overlaps, 55.2%
 """

@@ -25,9 +25,9 @@ all-reduce          expert          129      307.6 MiB   1.79 ms
 collective-permute  fsdp              2       29.3 MiB  0.341 ms
 all                                          99.51 GiB    454 ms
 compute         2.03 s   compiled FLOPs / chips / 459 TFLOP/s
-memory          550 ms   bytes moved / 2,765 GB/s
+memory          547 ms   bytes moved / 2,765 GB/s
 interconnect    454 ms   bytes that leave a chip / (links x 90 GB/s)
-bound by compute: at best 2.03 s a step, 4,043 tokens/s a chip, MFU 73.0% if everything overlaps, 48.8% if nothing
+bound by compute: at best 2.03 s a step, 4,043 tokens/s a chip, MFU 73.0% if everything overlaps, 48.9% if nothing
 """
 
 import dataclasses
