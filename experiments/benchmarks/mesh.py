@@ -6,8 +6,8 @@ Cost     2 minutes on 2 CPU cores
 Result   holds: nothing measurable. Eight simulated devices take 1.1 to 1.3 times one device's time at this shape, by
          the processor, and 1.0 with an allocator that keeps memory: results/mesh_cpu.md
 
-Programs of the same step take turns in one process that has eight simulated CPU devices (the cores are the same for all
-of them):
+Programs of the same step take turns, in another order each time, in one process that has eight simulated CPU devices
+(the cores are the same for all of them):
 
     plain      no mesh at all: nothing is placed, nothing constrained
     one        a mesh of one device, as `llmlab train` has it on a laptop
@@ -22,6 +22,7 @@ AdamW. Ratios are of medians. --mesh changes the third program: --mesh data=1,fs
 import argparse
 import json
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -59,8 +60,11 @@ def main() -> None:
         "shares": gradients(args, 8),
     }
     seconds: dict[str, list[float]] = {name: [] for name in programs}
+    order, shuffler = list(programs), random.Random(0)
     for number in range(args.rounds + 2):
-        for name, step in programs.items():
+        shuffler.shuffle(order)  # what ran before leaves caches and memory behind
+        for name in order:
+            step = programs[name]
             start = time.perf_counter()
             step()
             if number >= 2:  # the first ones compile and warm the caches
