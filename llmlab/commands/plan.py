@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--topology", metavar="NAME", help="TPU chips and how they are wired: v5p:4x4x4, v5e:4x8")
     parser.add_argument("--search", action="store_true", help="try meshes x remat x microbatches, and rank what fits")
     parser.add_argument("--at-once", type=int, default=2, metavar="N", help="compilations side by side (2)")
-    parser.add_argument("--limit", type=int, default=12, metavar="N", help="how many to compile, its own among them (12)")
+    parser.add_argument("--limit", type=int, default=12, metavar="N", help="compilations, its own choices first (12)")
     parser.add_argument("--memory", metavar="SIZE", help="memory of a device, for the arithmetic alone: 80GB")
     parser.add_argument("--devices", type=int, default=1, metavar="N", help="how many such devices (1)")
     parser.add_argument("--json", action="store_true", help="print a JSON object")
