@@ -208,6 +208,7 @@ def test_validation_loss_is_that_of_the_loaded_model_over_the_whole_split(
     assert uninterrupted.summary["baselines"] == data.baselines(1)
 
 
+@pytest.mark.scale
 def test_a_run_killed_twice_ends_with_the_bits_of_an_uninterrupted_one(
     uninterrupted: runs.Run, experiment_file: Path, tmp_path: Path
 ) -> None:
@@ -247,6 +248,7 @@ def test_a_run_killed_twice_ends_with_the_bits_of_an_uninterrupted_one(
         (signal.SIGINT, 130, "checkpoint", 0, 6),  # that of step 5 is being written
     ],
 )
+@pytest.mark.scale
 def test_a_run_that_a_signal_stopped_saves_and_goes_on_to_the_same_bits(
     number: int,
     exit_code: int,
@@ -282,6 +284,7 @@ def test_signals_mean_what_they_meant_when_the_run_is_over(uninterrupted: runs.R
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == HANDLERS_AT_IMPORT
 
 
+@pytest.mark.scale
 def test_a_truncated_checkpoint_costs_its_steps_and_no_bit(
     uninterrupted: runs.Run, experiment: Experiment, tmp_path: Path
 ) -> None:
@@ -500,6 +503,7 @@ def test_runs_that_differ_in_rate_decay_and_seed_share_a_program_and_end_as_runs
     assert together.summary["validation/loss"] != runs.Run(tmp_path / "first").summary["validation/loss"]
 
 
+@pytest.mark.scale
 def test_a_run_of_another_shape_or_without_decay_gets_a_program_of_its_own(
     experiment: Experiment, tmp_path: Path
 ) -> None:

@@ -64,6 +64,7 @@ def wait_for_line(process: subprocess.Popen[str], text: str) -> None:
 
 
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 42)])
+@pytest.mark.scale
 def test_a_signal_saves_says_how_to_resume_and_the_same_command_does(
     number: int, exit_code: int, directory: Path
 ) -> None:

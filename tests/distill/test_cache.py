@@ -35,6 +35,7 @@ def whole(teacher: str, experiment_of: Any, tmp_path_factory: pytest.TempPathFac
     return directory
 
 
+@pytest.mark.scale
 def test_training_from_a_cache_of_whole_distributions_equals_training_with_the_teacher(
     whole: Path, teacher: str, experiment_of: Any, tmp_path: Path
 ) -> None:

@@ -101,6 +101,7 @@ def test_an_encoder_decoder_writes_a_target_for_its_source() -> None:
 
 
 @pytest.mark.parametrize("by", ["student", "teacher"])
+@pytest.mark.scale
 def test_a_step_on_written_rows_learns_what_the_teacher_says_of_them(
     by: Any, teacher: str, program_of: Any, batch: Any
 ) -> None:

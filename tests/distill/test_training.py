@@ -109,6 +109,7 @@ ALL_TERMS = (
 
 
 @pytest.mark.parametrize("kind", ["sharded", "accumulated"])
+@pytest.mark.scale
 def test_layouts_and_parts_do_not_change_what_is_learned(kind: str, teacher: str, program_of: Any, batch: Any) -> None:
     objective = Distill(teacher=teacher, terms=ALL_TERMS)
     plain = program_of(objective)
@@ -232,6 +233,7 @@ def test_progressive_training_changes_one_layer_at_a_time(teacher: str, program_
     assert found == [(True, False, False), (False, True, False), (True, True, True)]
 
 
+@pytest.mark.scale
 def test_a_run_with_projections_is_a_model_without_them_and_resumes_to_the_same_bits(
     teacher: str, experiment_of: Callable[..., Any], program_of: Any, tmp_path: Path
 ) -> None:

@@ -101,6 +101,7 @@ def test_objectives_process_equally_many_tokens() -> None:
     assert max(totals.values()) <= 1.001 * min(totals.values()), totals
 
 
+@pytest.mark.scale
 def test_a_study_runs_measures_and_decides(tmp_path: Path) -> None:
     """Two steps on one package: BatchNorm lets a row's first token see its last one, LayerNorm does not."""
     study = read_ablation(path_of("batch_norm"))

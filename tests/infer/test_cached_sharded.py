@@ -24,6 +24,7 @@ KEPT: dict[str, dict[type, list[tuple[int, ...]]]] = {
 
 
 @pytest.mark.parametrize("name", KEPT)
+@pytest.mark.scale
 def test_caches_are_split_over_rows_and_heads_and_decode_the_same(name: str) -> None:
     case, dtype = CASES[name], jnp.int8 if name == "Llama" else jnp.float32
     steps, params = prepared(case)

@@ -42,6 +42,7 @@ def assert_writes(model: Any, greedily: Sequence[Any], searched: Sequence[Any], 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.scale
 def test_committed_models_write_what_transformers_wrote(family):
     written = json.loads(FIXTURE.read_text())[family]
     lengths = {len(tokens) for search in written["beams"] for pairs in search for tokens, _ in pairs}

@@ -35,6 +35,7 @@ def scorer(model: Any, kind: str, inputs: dict[str, Any], number: int, given: in
 
 
 @pytest.mark.parametrize("kind", ["Performer", "PaliGemma", "Flamingo"])
+@pytest.mark.scale
 def test_what_is_found_has_the_scores_of_whole_forward_passes(kind):
     case = CASES[kind]
     graphdef, params = split(case.config.build(nnx.Rngs(params=0)))

@@ -98,6 +98,7 @@ def fits(counts: np.ndarray, p: np.ndarray) -> bool:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "t5"])
+@pytest.mark.scale
 def test_greedy_speculation_writes_what_greedy_decoding_writes(family):
     model, length = randomised(tiny(family)), 14
     options: dict[str, Any] = {"max_new_tokens": length, "sampling": GREEDY}

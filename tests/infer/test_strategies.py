@@ -32,6 +32,7 @@ STOPS = tuple(range(100, 110))
     [Beams(num_beams=1), Contrastive(alpha=0.0), Speculation(), Speculation(draft=LLAMA, num_drafted=2)],
     ids=["one beam", "no penalty", "lookup", "draft"],
 )
+@pytest.mark.scale
 def test_what_is_greedy_by_another_way_is_what_greedy_decoding_writes(model: str, strategy: Strategy) -> None:
     """Tokens, texts, stop tokens and stop strings."""
     if isinstance(strategy, Speculation) and not isinstance(strategy.draft, PromptLookup):

@@ -116,6 +116,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
         ("muon", {"ffn": experts}),
     ],
 )
+@pytest.mark.scale
 def test_at_the_base_width_mup_is_the_standard_parametrisation_bit_for_bit(name: str, kind: dict[str, Any]) -> None:
     with_, without = (trained(decoder(BASE, mup=mup, **kind), OPTIMIZERS[name]) for mup in (True, False))
     jax.tree.map(np.testing.assert_array_equal, with_, without)

@@ -195,6 +195,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.scale
 def test_a_mixture_compiles_to_megablox_for_tpu() -> None:
     result = tpu_compiler.run(PROGRAM)
     # Gate, up, down: forward, gradient of the rows, of the matrices; in further rounds of the exchange forward, and for

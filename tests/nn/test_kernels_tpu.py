@@ -4,6 +4,8 @@ import pytest
 
 from tests import tpu_compiler
 
+pytestmark = pytest.mark.scale
+
 PROGRAM = """
 import json
 import jax, jax.numpy as jnp

@@ -51,6 +51,7 @@ def seconds(compiled: Any, params: Any, x: Any) -> float:
 
 
 @pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.scale
 def test_cost_is_linear_in_the_length(name):
     steps = [step(*MIXERS[name], length) for length in (SHORT, LONG)]
     flops = [count(*arguments).flops for arguments in steps]

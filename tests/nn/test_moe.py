@@ -298,6 +298,7 @@ def test_dropout_inside_experts_keeps_the_mean(router: Any) -> None:
     ],
     ids=lambda part: part if isinstance(part, str) else str([*part.resolve(8).values()]),
 )
+@pytest.mark.scale
 def test_a_mesh_computes_what_one_device_computes(name: str, mesh: Mesh) -> None:
     routers = {"dropless": TopK(), "capacity": TopK(capacity=Capacity(factor=0.8)), "expert choice": ExpertChoice()}
     expert = PLAIN if name == "dropless" else GATED
@@ -340,6 +341,7 @@ def gradient(config: MixtureOfExperts, dim: int) -> tuple[Any, Any]:
 @pytest.mark.parametrize(
     "router", [TopK(), TopK(capacity=Capacity()), ExpertChoice()], ids=["dropless", "capacity", "expert choice"]
 )
+@pytest.mark.scale
 def test_time_and_flops_grow_with_the_experts_per_token_and_not_with_the_experts(router: Any) -> None:
     dim, x = 128, inputs(shape=(8, 512, 128))
     flops, compiled = {}, {}

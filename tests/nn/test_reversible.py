@@ -110,6 +110,7 @@ def test_a_dropped_layer_changes_nothing():
     np.testing.assert_array_equal(y, jnp.concatenate([x, x], axis=-1))
 
 
+@pytest.mark.scale
 def test_memory_does_not_grow_with_the_depth():
     def memory(num_layers: int, mode: str, reversible: bool = True) -> int:
         graphdef, state = nnx.split(nnx.eval_shape(lambda: stack(num_layers, mode, (LOCAL,))))

@@ -196,6 +196,7 @@ def test_frozen_parameters_have_no_state() -> None:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.scale
 def test_an_update_is_the_same_on_sharded_parameters(name: str) -> None:
     mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     rules = {"embed": "fsdp", "mlp": "tensor", "heads": "tensor", "vocab": "tensor"}

@@ -17,6 +17,8 @@ import pytest
 from llmlab.cli import main
 from tests.study.conftest import EXPERIMENT
 
+pytestmark = pytest.mark.scale
+
 TEN_LINES = """
 from tiny import config
 from llmlab.nn.norms import LayerNorm, RMSNorm

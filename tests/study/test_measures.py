@@ -26,6 +26,8 @@ from llmlab.study.trials import Status, Trial, directory_of, read_trial
 from llmlab.training.config import Train
 from tests.study.fakes import finished
 
+pytestmark = pytest.mark.scale
+
 FACTOR = 2
 
 

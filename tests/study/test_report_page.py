@@ -259,6 +259,7 @@ SIZES = {"desktop": (1280, 1600), "phone": (500, 1600)}  # 500: Chromium's narro
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("name", ["ablation, three", "sweep, usual"])
+@pytest.mark.scale
 def test_screenshots_have_the_theme_and_no_sideways_scrolling(name: str, theme: str, size: str, tmp_path: Path) -> None:
     from matplotlib.image import imread
 

@@ -230,6 +230,7 @@ def scaling():
 """
 
 
+@pytest.mark.scale
 def test_the_command_plans_runs_and_reports(
     directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -239,6 +239,7 @@ def test_drawn_points_are_the_same_for_a_seed_and_go_on_where_they_stopped(make:
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.scale
 def test_every_sampler_draws_from_the_whole_space(sampler: str, make: Callable[[str], Path]) -> None:
     file = make(SAMPLED.replace("integer(2, 6)", "categorical(2, 4)"))
     prepare(file, trials=15, sampler=sampler).run()
@@ -275,6 +276,7 @@ def test_a_finite_space_can_be_searched_and_a_part_of_a_grid_be_run(make: Callab
 
 
 @pytest.mark.parametrize("pruner", ["asha", "hyperband", "median"])
+@pytest.mark.scale
 def test_bad_trials_are_given_up_and_good_ones_are_not(pruner: str, make: Callable[[str], Path]) -> None:
     file = make(SAMPLED)
     flags = ["--train.steps", "12"]

@@ -67,6 +67,7 @@ def sessions(directory: Path) -> list[dict[str, Any]]:
     return read_trial(directory).provenance["sessions"]
 
 
+@pytest.mark.scale
 def test_all_trials_come_back_by_their_labels_and_equal_ones_are_one(tiny: Experiment) -> None:
     jobs = rates(tiny, 1e-2, 1e-3)
     jobs["the same"] = replace(tiny)

@@ -158,6 +158,7 @@ CASES: dict[str, tuple[Objective, ModelConfig, Any]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.scale
 def test_a_few_steps_on_one_batch_lower_its_loss(case: str, files: Path, tmp_path: Path):
     objective, model, make_data = CASES[case]
     data: Data = make_data(files)

@@ -108,6 +108,7 @@ def heads_are_split(served: Engine) -> bool:
     return sharding.spec[:2] == (None, "tensor")
 
 
+@pytest.mark.scale
 def test_on_a_mesh_replies_are_those_of_one_device() -> None:
     asked = [Request(prompt(i, 5 * i + 1), max_new_tokens=20, sampling=Sampling(seed=i), n=1 + i % 2) for i in range(5)]
     placement = Mesh(data=1, tensor=2).build(jax.devices()[:2])
