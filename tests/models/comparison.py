@@ -74,6 +74,8 @@ def assert_equals_reference(
     for name, theirs in gradients.items():
         if np.max(np.abs(theirs)) < 1e-6 * largest:
             assert np.max(np.abs(ours[name])) < 1e-5 * largest, name
+        elif np.size(theirs) == 1 and np.max(np.abs(ours[name] - theirs)) < 1e-5 * largest:
+            pass  # a scale's gradient is a sum whose terms may nearly cancel: logits of 0.2 to 3e-4, in a CLIP
         else:
             assert_close(ours[name], theirs, f"gradient.{name}", tolerance)
 
