@@ -363,8 +363,7 @@ def _keys_kernel(
 
     @pl.when(_within(i, *grid.queries_of(j)))
     def _() -> None:
-        weights_TS = jnp.exp(_logits(grid, i, j, q, k, bias, query_ids, kv_ids) - lse[...])
-        change_TS = weights_TS * (_product(v[...], do[...], 1, 1) - mean[...])
+        weights_TS, change_TS = _weights_and_change(grid, i, j, q, k, v, bias, query_ids, kv_ids, do, lse, mean)
         of_values[...] += _product(weights_TS.astype(do.dtype), do[...], 1, 0)
         of_keys[...] += _product(change_TS.astype(q.dtype), q[...], 1, 0)
 
@@ -402,8 +401,7 @@ def _queries_kernel(
 
     @pl.when(_within(j, *grid.keys_of(i)))
     def _() -> None:
-        weights_TS = jnp.exp(_logits(grid, i, j, q, k, bias, query_ids, kv_ids) - lse[...])
-        change_TS = weights_TS * (_product(v[...], do[...], 1, 1) - mean[...])
+        _, change_TS = _weights_and_change(grid, i, j, q, k, v, bias, query_ids, kv_ids, do, lse, mean)
         of_queries[...] += _product(k[...], change_TS.astype(k.dtype), 0, 0)
         dbias[:, pl.ds(grid.start(i, j), grid.window)] += _diagonal_sums(change_TS)
 
@@ -432,6 +430,15 @@ def _logits(grid: _Grid, i: Any, j: Any, q: Any, k: Any, bias: Any, query_ids: A
     logits_TS = _product(k[...], q[...], 1, 1) * grid.scale + _on_diagonals(numbers, grid.rows, grid.columns)
     kv_T1 = jnp.broadcast_to(kv_ids[...], (LANES, grid.rows)).T[:, :1]
     return jnp.where(kv_T1 == query_ids[...], logits_TS, -jnp.inf)
+
+
+def _weights_and_change(
+    grid: _Grid, i: Any, j: Any, q: Any, k: Any, v: Any, bias: Any, query_ids: Any, kv_ids: Any, *saved: Any
+) -> tuple[Float[Array, "T S"], Float[Array, "T S"]]:
+    """Weights of query block i and key block j, and the gradient of their logits."""
+    do, lse, mean = saved
+    weights_TS = jnp.exp(_logits(grid, i, j, q, k, bias, query_ids, kv_ids) - lse[...])
+    return weights_TS, weights_TS * (_product(v[...], do[...], 1, 1) - mean[...])
 
 
 def _on_diagonals(numbers_1W: Float[Array, "1 W"], rows: int, columns: int) -> Float[Array, "T S"]:
