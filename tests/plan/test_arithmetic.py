@@ -1,6 +1,7 @@
 """Memory by arithmetic, topologies, the roofline's formulas and the search's candidates, against counts by hand."""
 
 import dataclasses
+import itertools
 import math
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from llmlab.commands.plan_arithmetic import Arithmetic, for_accelerator, with_remat
-from llmlab.commands.plan_search import changed, choose
+from llmlab.commands.plan_search import Outcome, changed, choose
 from llmlab.commands.plan_worker import settled
 from llmlab.data import Packed, StandardLibrary
 from llmlab.data.masking import TokenMasking
@@ -21,8 +22,9 @@ from llmlab.optim import SGD, AdamW, Constant
 from llmlab.plan.collectives import Collective
 from llmlab.plan.compile import bytes_per_device, remarks
 from llmlab.plan.memory import kept, parse_size
+from llmlab.plan.report import Memory, Plan, Times
 from llmlab.plan.roofline import num_links, roofline
-from llmlab.plan.search import AXES_TRIED, Limits, candidates, factorizations
+from llmlab.plan.search import AXES_TRIED, Candidate, Limits, candidates, factorizations
 from llmlab.plan.topology import Topology
 from llmlab.plan.work import Work
 from llmlab.sharding import Mesh
@@ -267,6 +269,24 @@ def test_a_search_does_without_choices_that_the_chips_do_not_admit() -> None:
         _, chosen = choose(Arithmetic(experiment(mesh, batch_size=16)), Topology.parse("v5p:2x2x2"), limit=4)
         assert chosen
         assert not any(each.written for each in chosen)
+
+
+def planned(compute: float, memory: float, *, needs: int = 1) -> Outcome:
+    """A made-up outcome on a chip with two bytes of memory."""
+    times = Times(compute=compute, memory=memory, interconnect=0, between_slices=0, mfu=0, mfu_without_overlap=0)
+    space = Memory(capacity=2, parameters=needs, optimizer=0, other=0, batch=0)
+    plan = Plan(topology="", num_chips=1, mesh={}, tokens=1, num_parameters=1, memory=space, times=times)
+    return Outcome(candidate=Candidate(mesh=Mesh(), remat="none", accumulation=1), plan=plan)
+
+
+def test_a_search_ranks_what_fits_by_the_bound_and_equal_bounds_by_the_sum_of_their_parts() -> None:
+    failed = Outcome(candidate=Candidate(mesh=Mesh(), remat="none", accumulation=1), plan=None, problem="no memory")
+    best, as_fast, slower = planned(1.0004, 0.5), planned(1.0, 0.9), planned(1.01, 0.1)
+    too_large = planned(0.1, 0.1, needs=3)
+    for given in itertools.permutations([failed, too_large, slower, as_fast, best]):
+        found = sorted(given, key=lambda one: one.rank)
+        assert found[:3] == [best, as_fast, slower]
+        assert set(map(id, found[3:])) == {id(too_large), id(failed)}
 
 
 def test_the_compilers_complaints_are_found_in_its_output() -> None:
