@@ -57,6 +57,12 @@ for name in ("register_dataclass", "register_pytree_node_class", "register_pytre
 install_import_hook("llmlab", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: the garbage collector need not look through it again after every program."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def llmlab_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Token stores of tests go to a temporary directory, never to the user's cache."""

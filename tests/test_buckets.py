@@ -69,6 +69,7 @@ def test_a_path_is_an_address_also_when_pathlib_has_been_at_it() -> None:
     assert buckets.address(Path("/gs://b")) is None
 
 
+@pytest.mark.scale
 def test_a_run_in_a_bucket_loads_like_its_directory_and_without_its_optimizer_state(run: runs.Run, cache: Path) -> None:
     url = f"{BUCKET}/runs/mine"
     assert_same_parameters(llmlab.load(url), run.model)

@@ -341,6 +341,7 @@ def test_a_changed_config_is_refused_with_the_difference_unless_allowed(experime
     assert [line["step"] for line in run.metrics if "train/loss" in line] == [1, 2, 4, 6, 9, 12]
 
 
+@pytest.mark.scale
 def test_a_finished_run_says_so_and_can_be_trained_longer(
     uninterrupted: runs.Run, experiment: Experiment, tmp_path: Path
 ) -> None:
@@ -480,6 +481,7 @@ def compilations() -> Iterator[list[str]]:
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
+@pytest.mark.scale
 def test_runs_that_differ_in_rate_decay_and_seed_share_a_program_and_end_as_runs_apart(
     experiment: Experiment, tmp_path: Path
 ) -> None:

@@ -17,7 +17,7 @@ from llmlab.nn.attention import Attention
 from llmlab.nn.config import Block, Norm
 from llmlab.nn.dense import Dense
 from llmlab.nn.dropout import check_rate
-from llmlab.nn.module import Axes, Params, logical_axes, num_parameters, split
+from llmlab.nn.module import Axes, NoNumbers, Params, logical_axes, num_parameters, split
 from llmlab.nn.mup import MuP
 from llmlab.nn.positions import AddedPosition
 from llmlab.nn.stack import Execution
@@ -156,7 +156,7 @@ class ModelConfig(abc.ABC):
 
     def abstract(self) -> "tuple[nnx.GraphDef, Params, Axes]":
         """Graph definition, parameter shapes and logical axes, without allocating anything."""
-        model = nnx.eval_shape(lambda: self.build(nnx.Rngs(params=0)))
+        model = nnx.eval_shape(lambda: self.build(NoNumbers(jax.random.key(0))))
         graphdef, params = split(model)
         return graphdef, params, logical_axes(model)
 

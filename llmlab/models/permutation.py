@@ -41,6 +41,7 @@ from llmlab.nn.config import Auxiliary, Block, Memory
 from llmlab.nn.dropout import check_rate, dropout, split_key
 from llmlab.nn.embedding import Embedding
 from llmlab.nn.masks import Full
+from llmlab.nn.module import normal
 from llmlab.nn.stack import Execution, Stack
 from llmlab.nn.two_stream import Stream, TwoStreamAttention, TwoStreamContext, encoded_distances
 from llmlab.sharding import shard
@@ -159,7 +160,7 @@ class PermutationModel(nnx.Module):
             raise ValueError("vocab_size is None: it follows the tokenizer; set it to build the model by itself")
         self.config = config
         self.tokens = Embedding(config.vocab_size, config.embed_dim, rngs=rngs, std=config.embedding_std)
-        start_D = config.embedding_std * jax.random.normal(rngs.params(), (config.embed_dim,))
+        start_D = config.embedding_std * normal(rngs, (config.embed_dim,))
         self.query_start = nnx.Param(start_D, axes=("embed",))
         self.stack = Stack(config.pattern, config.num_layers, config.embed_dim, config.execution, rngs=rngs)
         self.head: Any = None if config.head is None else config.head.build(config.inputs, rngs=rngs)

@@ -36,6 +36,7 @@ from llmlab.nn.dense import Dense
 from llmlab.nn.dropout import check_rate, dropout, split_key
 from llmlab.nn.feed_forward import ACTIVATIONS, MLP, Activation
 from llmlab.nn.masks import Full
+from llmlab.nn.module import normal
 from llmlab.nn.positions import Learned
 from llmlab.nn.stack import Execution, Stack
 from llmlab.sharding import shard
@@ -243,7 +244,7 @@ class VisionModel(nnx.Module):
         patch = (("patch_height", size), ("patch_width", size), ("channel", config.channels))
         self.config = config
         self.patches = Dense(patch, (("embed", dim),), bias=config.patch_bias, rngs=rngs)
-        token = 0.02 * jax.random.normal(rngs.params(), (dim,))
+        token = 0.02 * normal(rngs, (dim,))
         self.class_token = nnx.Param(token, axes=("embed",)) if config.class_token else None
         self.position = Learned(config.length, std=config.position_std).build(dim, rngs=rngs)
         self.embedding_norm = config.embedding_norm.build(dim, rngs=rngs) if config.embedding_norm else None
@@ -351,7 +352,7 @@ class AttentionPoolingLayer(nnx.Module):
 
     def __init__(self, config: AttentionPooling, dim: int, *, rngs: nnx.Rngs) -> None:
         mixer = CrossAttention(num_heads=config.num_heads, bias=True, output_bias=True)
-        self.query = nnx.Param(jax.random.normal(rngs.params(), (dim,)) / math.sqrt(dim), axes=("embed",))
+        self.query = nnx.Param(normal(rngs, (dim,)) / math.sqrt(dim), axes=("embed",))
         self.attention = mixer.build(dim, rngs=rngs)
         self.norm = config.norm.build(dim, rngs=rngs)
         self.ffn = config.ffn.build(dim, rngs=rngs)

@@ -13,11 +13,11 @@ have. More than two factors work alike.
 import math
 from dataclasses import dataclass, field
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from llmlab.nn.module import normal
 from llmlab.nn.positions import AddedPosition, check_length
 
 
@@ -51,7 +51,7 @@ class AxialPositions(nnx.Module):
     def __init__(self, config: Axial, *, rngs: nnx.Rngs) -> None:
         self.config = config
         self.tables = nnx.List(
-            nnx.Param(config.std * jax.random.normal(rngs.params(), (size, dim)), axes=("position", "embed"))
+            nnx.Param(config.std * normal(rngs, (size, dim)), axes=("position", "embed"))
             for size, dim in zip(config.shape, config.dims, strict=True)
         )
 

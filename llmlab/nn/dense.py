@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from llmlab.nn.module import normal
 from llmlab.nn.platform import platform
 
 Dims = tuple[tuple[str, int], ...]
@@ -35,7 +36,7 @@ class Dense(nnx.Module):
         names = tuple(name for name, _ in (*inputs, *outputs))
         std = gain / math.sqrt(math.prod(size for _, size in inputs))
         self.num_inputs = len(inputs)
-        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), shape), axes=names)
+        self.kernel = nnx.Param(std * normal(rngs, shape), axes=names)
         rest = len(inputs)
         self.bias = nnx.Param(jnp.zeros(shape[rest:]), axes=names[rest:]) if bias else None
 

@@ -4,11 +4,11 @@ A lookup costs no FLOPs and O(D) memory traffic a token; its gradient is a scatt
 use the same table, transposed, to score the next token (Press and Wolf 2017, 1608.05859).
 """
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from llmlab.nn.module import normal
 from llmlab.sharding import shard
 
 
@@ -32,7 +32,7 @@ class Embedding(nnx.Module):
         std: float = 0.02,
     ) -> None:
         self.row_axis = axes[0]
-        self.table = nnx.Param(std * jax.random.normal(rngs.params(), (num_rows, dim)), axes=axes)
+        self.table = nnx.Param(std * normal(rngs, (num_rows, dim)), axes=axes)
 
     def __call__(self, ids: Int[Array, "*B"]) -> Float[Array, "*B D"]:
         # Whole rows: where the table's width is split like the batch (fsdp), the gradient would otherwise be scattered

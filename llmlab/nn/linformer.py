@@ -36,6 +36,7 @@ from llmlab.nn.dense import Dense
 from llmlab.nn.dropout import check_rate
 from llmlab.nn.kernels import Kernel, attention
 from llmlab.nn.masks import Full, Mask, Visibility
+from llmlab.nn.module import normal
 from llmlab.sharding import shard
 
 Sharing = Literal["none", "headwise", "key-value"]
@@ -97,7 +98,7 @@ class LinformerLayer(nnx.Module):
         """(k, max_length), or one for each head; elements N(0, 1/k) as in the paper's proof."""
         config = self.config
         heads = (config.num_heads,) if config.sharing == "none" else ()
-        drawn = jax.random.normal(rngs.params(), (*heads, config.projected, config.max_length))
+        drawn = normal(rngs, (*heads, config.projected, config.max_length))
         names = ("heads", "mixtures", "position")[-drawn.ndim :]
         return nnx.Param(drawn / math.sqrt(config.projected), axes=names)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.extend.core as jex
+import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.rnglib import RngStream
 
@@ -42,6 +43,18 @@ class OneKey(nnx.Rngs):
 class _OneKeyStream(RngStream):
     def __call__(self) -> jax.Array:
         return self.key[...]
+
+
+class NoNumbers(OneKey):
+    """For who asks for shapes alone: `normal` draws nothing from it."""
+
+
+def normal(rngs: nnx.Rngs, shape: tuple[int, ...]) -> jax.Array:
+    """Standard normal numbers, which parameters start as a multiple of.
+
+    Zeros where only shapes are asked for: tracing generators of numbers is half of what it takes to build a model.
+    """
+    return jnp.zeros(shape) if isinstance(rngs, NoNumbers) else jax.random.normal(rngs.params(), shape)
 
 
 def draw(build: Callable[[nnx.Rngs], nnx.Module], key: jax.Array) -> Params:

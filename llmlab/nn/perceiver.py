@@ -21,6 +21,7 @@ from llmlab.nn.attention import Attention, AttentionLayer
 from llmlab.nn.config import Block, Cache, Context, Norm
 from llmlab.nn.feed_forward import MLP
 from llmlab.nn.masks import Full
+from llmlab.nn.module import normal
 from llmlab.nn.norms import LayerNorm
 from llmlab.nn.stack import Execution, Stack
 from llmlab.nn.wiring import PreNorm
@@ -99,7 +100,7 @@ class ResamplerModel(nnx.Module):
     """See Resampler."""
 
     def __init__(self, config: Resampler, dim: int, *, rngs: nnx.Rngs) -> None:
-        latents = jax.random.normal(rngs.params(), (config.num_latents, dim)) / math.sqrt(dim)
+        latents = normal(rngs, (config.num_latents, dim)) / math.sqrt(dim)
         self.latents = nnx.Param(latents, axes=("position", "embed"))
         self.stack = Stack((config.block(dim),), config.num_layers, dim, Execution(), rngs=rngs)
         self.norm = LayerNorm().build(dim, rngs=rngs)

@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int
 
 from llmlab.nn.kernels.bias import Bias
 from llmlab.nn.masks import Index
+from llmlab.nn.module import normal
 from llmlab.nn.platform import platform
 from llmlab.nn.rotary_scaling import NTK, DynamicNTK, Linear, Llama3, RotaryScaling, YaRN, rotary_frequencies
 from llmlab.sharding import shard
@@ -118,7 +119,7 @@ class LearnedPositions(nnx.Module):
     def __init__(self, config: Learned, dim: int, *, rngs: nnx.Rngs) -> None:
         self.config = config
         rows = config.max_length + config.offset
-        self.table = nnx.Param(config.std * jax.random.normal(rngs.params(), (rows, dim)), axes=("position", "embed"))
+        self.table = nnx.Param(config.std * normal(rngs, (rows, dim)), axes=("position", "embed"))
 
     def __call__(self, x_BSD: Float[Array, "B S D"], position_ids_BS: Int[Array, "B S"]) -> Float[Array, "B S D"]:
         check_length(x_BSD.shape[1], self.config.max_length)
@@ -370,7 +371,7 @@ class T5RelativePositions(nnx.Module):
 
     def __init__(self, config: T5Relative, num_heads: int, *, rngs: nnx.Rngs) -> None:
         self.config = config
-        init = jax.random.normal(rngs.params(), (config.num_buckets, num_heads))
+        init = normal(rngs, (config.num_buckets, num_heads))
         self.table = nnx.Param(0.02 * init, axes=("position", "heads"))
 
     def bias(self) -> "T5Bias":

@@ -261,12 +261,14 @@ def _joined(reports: Sequence[Auxiliary]) -> Auxiliary:
 def _stacked(block: Block, repeats: int, depth: int, dim: int, rngs: nnx.Rngs) -> nnx.Module:
     """A block whose every parameter carries a leading dimension of `repeats`, each repeat drawn by its own key."""
 
-    def build(key: jax.Array) -> nnx.Module:
-        return block.build(dim, rngs=type(rngs)(params=key), depth=depth)
+    graphdef = None
 
-    keys = jax.random.split(rngs.params(), repeats)
-    state = jax.vmap(lambda key: nnx.split(build(key))[1])(keys)
-    graphdef = nnx.split(nnx.eval_shape(lambda: build(jax.random.key(0))))[0]
+    def build(key: jax.Array) -> Any:
+        nonlocal graphdef  # static, and the same for every layer
+        graphdef, state = nnx.split(block.build(dim, rngs=type(rngs)(params=key), depth=depth))
+        return state
+
+    state = jax.vmap(build)(jax.random.split(rngs.params(), repeats))
     return nnx.merge(graphdef, stack_axes(state))
 
 

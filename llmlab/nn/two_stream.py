@@ -39,6 +39,7 @@ from llmlab.nn.cache import KVCache
 from llmlab.nn.config import Cache, Context, Memory, Mixer, Room
 from llmlab.nn.dense import Dense
 from llmlab.nn.dropout import check_rate, dropout, split_key
+from llmlab.nn.module import normal
 from llmlab.sharding import shard
 
 # Added to the scores of keys that a query may not see. Where it may see none it weighs all alike, as in the authors'
@@ -135,7 +136,7 @@ class TwoStreamLayer(nnx.Module):
         def vector(*leading: int) -> nnx.Param:
             axes = ("segment_type",) * len(leading) + ("heads", "head_dim")
             shape = (*leading, config.num_heads, head_dim)
-            return nnx.Param(0.02 * jax.random.normal(rngs.params(), shape), axes=axes)
+            return nnx.Param(0.02 * normal(rngs, shape), axes=axes)
 
         self.config = config
         self.scale = 1 / math.sqrt(head_dim)

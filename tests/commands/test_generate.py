@@ -111,6 +111,7 @@ def test_an_encoder_decoder_shows_its_target_alone(models: Path, capsys: pytest.
     assert capsys.readouterr().out == f"{record['text']}\n"
 
 
+@pytest.mark.scale
 @pytest.mark.parametrize(("name", "num_layers"), [("llama", 1), ("t5", 2)])
 def test_layers_in_the_hosts_memory_write_the_same(
     name: str, num_layers: int, models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -186,6 +187,7 @@ def test_what_is_wrong_with_an_option(
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.scale
 @pytest.mark.parametrize(
     ("options", "strategy", "sampling"),
     [

@@ -73,6 +73,7 @@ def test_what_is_kept_of_a_row_is_what_the_teacher_says_of_it(
         np.testing.assert_allclose(-of_kept.mean(), entropy, atol=5 / np.sqrt(of_kept.size))
 
 
+@pytest.mark.scale
 def test_drawn_tokens_train_by_forward_kl_alone(teacher: str, experiment_of: Any, tmp_path: Path) -> None:
     objective = Distill(teacher=teacher)
     cache = write_cache(experiment_of(objective), tmp_path / "sampled", kind="sampled", entries=4)

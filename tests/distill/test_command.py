@@ -53,6 +53,7 @@ def file_of(corpus: Path, tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
+@pytest.mark.scale
 def test_it_ends_with_a_table_of_what_the_teacher_was_worth(
     teacher: str, file_of: Callable[..., Path], tmp_path: Path, capsys: Any
 ) -> None:
@@ -77,6 +78,7 @@ def test_it_ends_with_a_table_of_what_the_teacher_was_worth(
     assert again["gap_closed"] == pytest.approx(results["gap_closed"], rel=1e-4)
 
 
+@pytest.mark.scale
 def test_a_cache_is_written_and_trained_from(
     teacher: str, file_of: Callable[..., Path], tmp_path: Path, capsys: Any
 ) -> None:

@@ -78,6 +78,7 @@ def test_a_coin_decides_and_nothing_counts_beyond_the_end_of_a_text(batch: Any) 
         assert np.all(labels[last:] == -100)
 
 
+@pytest.mark.scale
 def test_an_encoder_decoder_writes_a_target_for_its_source() -> None:
     config = t5.t5(
         embed_dim=16, num_layers=1, num_heads=2, head_dim=8, hidden_dim=24, vocab_size=17, head=Untied(),

@@ -205,6 +205,7 @@ def feature_maps_by_hand(student: Any, teacher: Any, batch: Any) -> Any:
     return (error + moments[..., 0])[real].mean()
 
 
+@pytest.mark.scale
 def test_progressive_training_changes_one_layer_at_a_time(teacher: str, program_of: Any, batch: Any) -> None:
     """Momentum and weight decay included, which move a parameter that has no gradient."""
     terms = (FeatureMaps(layers=Uniform(), decomposed=True), Predictions(begin=2))

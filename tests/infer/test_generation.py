@@ -49,6 +49,7 @@ def test_a_batch_of_n_is_n_batches_of_one_bit_by_bit(n):
     assert [(c.prompt, c.sample) for c in together] == [(p, s) for p in range(4) for s in range(n)]
 
 
+@pytest.mark.scale
 def test_a_row_writes_the_same_in_any_batch():
     together = generate(MODEL, TOKENIZER, PROMPTS, sampling=SAMPLINGS, max_new_tokens=12, n=2)
     for number, (prompt, sampling) in enumerate(zip(PROMPTS, SAMPLINGS, strict=True)):

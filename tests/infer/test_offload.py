@@ -91,6 +91,7 @@ def in_host(model: Any) -> set[str]:
     return {name for name, kinds in of_layer.items() if kinds == {HOST}}
 
 
+@pytest.mark.scale
 @pytest.mark.parametrize(
     ("name", "dtype", "num_layers", "expected"),
     [
@@ -193,6 +194,7 @@ def test_layers_are_laid_out_for_the_platform_as_those_on_the_device(
     assert not flat
 
 
+@pytest.mark.scale
 def test_the_engine_serves_from_it() -> None:
     model = tiny_engine.model()
     moved = offload(model, 2)

@@ -197,6 +197,7 @@ def literal(model: Any, prompt: list[int], rule: Sampling, length: int) -> list[
     return text[len(prompt) :]
 
 
+@pytest.mark.scale
 def test_each_row_follows_its_own_rules():
     model, length = randomised(tiny("llama")), 9
     expected = [literal(model, prompt, rule, length) for prompt, rule in zip(PROMPTS, RULES, strict=True)]

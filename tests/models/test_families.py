@@ -105,7 +105,7 @@ def test_presets_survive_the_way_to_a_config_and_back(family, name):
     hub = entry.hugging_face
     again = hub.from_hf(json.loads(json.dumps(hub.to_hf(config))))
     assert hub.to_hf(again) == hub.to_hf(config)
-    assert again.num_parameters() == config.num_parameters()
+    assert again == config or again.num_parameters() == config.num_parameters()
 
 
 def test_fixtures_stay_small():

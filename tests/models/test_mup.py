@@ -174,6 +174,7 @@ def test_the_size_of_activations_is_flat_too() -> None:
         slopes(found[:1])
 
 
+@pytest.mark.scale
 def test_the_check_trains_with_the_peak_learning_rate_in_spite_of_warm_up() -> None:
     model = decoder(32, mup=False)
     with_, without = (
@@ -184,6 +185,7 @@ def test_the_check_trains_with_the_peak_learning_rate_in_spite_of_warm_up() -> N
     assert without[0] == 0.0 < without[1]
 
 
+@pytest.mark.scale
 def test_initial_weights_and_factors_are_the_tables() -> None:
     """Table 8: the head starts with the base model's deviation and its input is divided by the ratio of widths."""
     wide = decoder(4 * BASE, mup=True).build(nnx.Rngs(params=0))

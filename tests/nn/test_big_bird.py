@@ -210,6 +210,7 @@ def gradient(length: int) -> tuple[Any, ...]:
     return jax.grad(loss, (0, 1)), params, jnp.ones((1, length, 32)), jnp.ones((1, length), bool)
 
 
+@pytest.mark.scale
 def test_flops_memory_and_time_grow_with_the_length_and_not_with_its_square():
     assert_linear(*(gradient(length) for length in (4096, 8192)))
 

@@ -25,6 +25,7 @@ def temporary_bytes(length: int, kernel: str) -> int:
     return memory.temp_size_in_bytes
 
 
+@pytest.mark.scale
 def test_memory_is_linear_in_the_sequence_forward_and_backward() -> None:
     assert temporary_bytes(4096, "blockwise") < 2.2 * temporary_bytes(2048, "blockwise")
     assert temporary_bytes(4096, "blockwise") < 4 * 4096**2 / 4  # far below one matrix of weights

@@ -27,6 +27,7 @@ KERNELS = {
 }
 
 
+@pytest.mark.scale
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("kv_heads", [4, 2], ids=["heads split", "groups split"])
 def test_a_kernel_on_a_mesh_equals_the_reference_on_one_device(kernel: str, kv_heads: int) -> None:

@@ -253,6 +253,7 @@ def gradient(config: LongformerAttention, length: int, dim: int = 32) -> tuple[A
     return jax.grad(loss, (0, 1)), params, x, tokens
 
 
+@pytest.mark.scale
 def test_flops_memory_and_time_grow_with_the_length_and_not_with_its_square():
     assert_linear(*(gradient(COSTLY, length) for length in (4096, 8192)))
 

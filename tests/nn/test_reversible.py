@@ -129,6 +129,7 @@ def test_memory_does_not_grow_with_the_depth():
     assert grown < 0.06 * plain  # gradients of parameters wait to be stacked
 
 
+@pytest.mark.scale
 def test_a_feed_forward_in_chunks_is_the_same_for_less_memory():
     def gradient(chunk: int | None) -> tuple[Any, int]:
         mixer = LocalAttention(num_heads=1, chunk=4)

@@ -154,6 +154,7 @@ def test_stacked_parameters_have_layers_as_their_first_axis():
     assert axes["remainder"]["0"]["mixer"]["query"]["kernel"] == ("embed", "heads", "head_dim")
 
 
+@pytest.mark.scale
 @pytest.mark.parametrize("remat", ["none", "full", "dots", "offload"])
 @pytest.mark.parametrize("mode", ["scan", "unroll"])
 def test_execution_changes_neither_values_nor_gradients(mode, remat):

@@ -217,6 +217,7 @@ def test_an_update_is_the_same_on_sharded_parameters(name: str) -> None:
     assert_close(alone, together, name)
 
 
+@pytest.mark.scale
 @pytest.mark.parametrize("name", ["sgd", "adafactor", "muon"])
 def test_a_state_survives_a_checkpoint_bitwise(name: str, tmp_path: Any) -> None:
     transformation = OPTIMIZERS[name].build(STACKED_AXES, STEPS)

@@ -126,6 +126,7 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+@pytest.mark.scale
 def test_three_processes_decide_together_hear_of_errors_and_leave_together() -> None:
     command = [sys.executable, "-c", TALK, str(free_port())]
     processes = [

@@ -299,6 +299,7 @@ def test_seeds_are_added_to_all_arms_until_the_verdict_is_settled(carry: Carry, 
     assert results["comparisons"][0]["interval_method"] == "confidence sequence"
 
 
+@pytest.mark.scale
 def test_a_study_that_does_not_settle_ends_at_its_maximum_or_its_budget(carry: Carry, tiny: Experiment) -> None:
     def value(arm: str, seed: int, experiment: Experiment) -> float:
         return 3.0 + (0.1 if arm == "baseline" else -0.1) * (-1) ** seed

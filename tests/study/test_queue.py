@@ -107,6 +107,7 @@ def test_what_ctrl_c_gives_back_is_taken_again_under_its_number(make_queue: Call
     assert states(queue) == {"COMPLETE": 1}
 
 
+@pytest.mark.scale
 def test_a_worker_without_a_sign_of_life_loses_its_trial_and_cannot_record_it_any_more(
     make_queue: Callable[..., Queue], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -159,6 +159,7 @@ def test_results_of_runs_that_follow_a_law_are_the_law(tiny: Experiment) -> None
     assert results["problems"] == [text for text in results["problems"] if "minimum" in text or "power laws" in text]
 
 
+@pytest.mark.scale
 def test_noisy_runs_have_intervals_and_a_law_that_breaks_is_not_covered(tiny: Experiment) -> None:
     scaling = study(tiny, seeds=2, resamples=40)
     covered = 0
@@ -179,6 +180,7 @@ def test_noisy_runs_have_intervals_and_a_law_that_breaks_is_not_covered(tiny: Ex
     assert worse["error"] == pytest.approx(0.3, abs=0.05)
 
 
+@pytest.mark.scale
 def test_runs_without_a_loss_are_told_and_left_out(tiny: Experiment) -> None:
     scaling = study(tiny)
     runs = trials(scaling)
@@ -193,6 +195,7 @@ def test_runs_without_a_loss_are_told_and_left_out(tiny: Experiment) -> None:
     json.dumps(none, allow_nan=False)
 
 
+@pytest.mark.scale
 def test_the_report_is_whole_and_made_of_the_results_alone(tiny: Experiment, tmp_path: Path) -> None:
     scaling = study(tiny, question="<b>How</b> large?")
     results = analysed(scaling, trials(scaling, noise=0.003))

@@ -147,6 +147,7 @@ def test_the_best_is_named_with_what_its_command_cannot_say(
     assert json.loads(capsys.readouterr().out)["point"]["optimizer.peak_lr"] == 0.3
 
 
+@pytest.mark.scale
 def test_failures_are_listed_the_rest_goes_on_and_they_are_retried_when_asked(
     make: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -183,6 +184,7 @@ def test_failures_are_listed_the_rest_goes_on_and_they_are_retried_when_asked(
     assert [trial["status"] for trial in read()["trials"]] == ["finished", "finished", "diverged", "finished"]
 
 
+@pytest.mark.scale
 def test_a_damaged_result_is_reported_and_never_the_best(
     make: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -206,6 +208,7 @@ def test_a_damaged_result_is_reported_and_never_the_best(
     assert read()["problems"] == []
 
 
+@pytest.mark.scale
 def test_a_removed_directory_is_told_and_run_again(make: Callable[[str], Path]) -> None:
     import shutil
 
@@ -221,6 +224,7 @@ def test_a_removed_directory_is_told_and_run_again(make: Callable[[str], Path]) 
     assert trained.count(gone.name) == 2
 
 
+@pytest.mark.scale
 def test_drawn_points_are_the_same_for_a_seed_and_go_on_where_they_stopped(make: Callable[[str], Path]) -> None:
     file = make(SAMPLED)
     for out, trials in (("a", (12,)), ("b", (5, 12))):
@@ -262,6 +266,7 @@ def test_tpe_comes_closer_to_the_best_than_chance() -> None:
     assert near["tpe"] > 2 * near["random"]
 
 
+@pytest.mark.scale
 def test_a_finite_space_can_be_searched_and_a_part_of_a_grid_be_run(make: Callable[[str], Path]) -> None:
     file = make(GRID)
     part = prepare(file, trials=4, seed=1)
@@ -299,6 +304,7 @@ def test_bad_trials_are_given_up_and_good_ones_are_not(pruner: str, make: Callab
         assert any(other is not None and other < value for other in others)
 
 
+@pytest.mark.scale
 def test_a_pruned_point_of_a_grid_is_done_and_stays_so(make: Callable[[str], Path]) -> None:
     make('def sweep():\n    return axis("optimizer.peak_lr", 1e-2, 2e-2, 3e-2, 1e-5, 1e-4)')
     assert main(["sweep", "file.py", "--pruner", "asha", "--train.steps", "20"]) == 0

@@ -145,6 +145,7 @@ def test_a_trial_is_trained_once_and_equal_experiments_meet(tiny: Experiment) ->
     assert again.provenance["name"] == "first"
 
 
+@pytest.mark.scale
 def test_a_pruned_trial_is_never_taken_for_finished_and_another_study_finishes_it(tiny: Experiment) -> None:
     class Impatient(NullReport):
         def evaluation(self, metrics: Any) -> None:
@@ -163,6 +164,7 @@ def test_a_pruned_trial_is_never_taken_for_finished_and_another_study_finishes_i
     assert finished.value("validation/loss") == alone.value("validation/loss")
 
 
+@pytest.mark.scale
 def test_errors_are_kept_with_their_traceback_and_not_met_again_unless_asked(
     tiny: Experiment, monkeypatch: pytest.MonkeyPatch
 ) -> None:

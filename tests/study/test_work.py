@@ -127,6 +127,7 @@ def test_workers_share_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert crew.devices(1, 2) == {"CUDA_VISIBLE_DEVICES": "8"}
 
 
+@pytest.mark.scale
 def test_the_overhead_of_a_trial_is_below_three_seconds(tiny: Experiment) -> None:
     jobs = rates(tiny, 1e-2, 2e-2, 3e-2, 4e-2)
     began = time.perf_counter()

@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from llmlab.nn.feed_forward import MLP, GatedMLP
+from llmlab.nn.module import normal
 from llmlab.nn.moe.grouped import grouped_mlp
 from llmlab.nn.moe.mlp import Draw, Hidden, Matrices
 
@@ -34,7 +35,7 @@ class StackedDense(nnx.Module):
     ) -> None:
         shape = (num_experts, inputs[1], outputs[1])
         std = gain / math.sqrt(inputs[1])
-        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), shape), axes=("experts", inputs[0], outputs[0]))
+        self.kernel = nnx.Param(std * normal(rngs, shape), axes=("experts", inputs[0], outputs[0]))
         self.bias = nnx.Param(jnp.zeros((num_experts, outputs[1])), axes=("experts", outputs[0])) if bias else None
 
     @property

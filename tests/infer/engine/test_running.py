@@ -122,6 +122,7 @@ def test_on_a_mesh_replies_are_those_of_one_device() -> None:
     assert heads_are_split(served)
 
 
+@pytest.mark.scale
 def test_smaller_storage_is_paged_like_any() -> None:
     scored = Sampling(temperature=0, logprobs=0)
     asked = [Request(prompt(i, 5 * i + 1), max_new_tokens=20, sampling=scored) for i in range(5)]

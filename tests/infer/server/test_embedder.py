@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from llmlab.infer.server.embedder import Embedder
 from llmlab.models.bert import bert
 from llmlab.models.llama import llama
 from llmlab.models.t5 import t5
+from llmlab.nn.module import merge, split
 from llmlab.tokenizers import Bytes
 from tests.infer.server.serving import client_of, service_of
 
@@ -24,12 +26,16 @@ MODELS = {
 TEXTS = ["b", "a text", "another text that is longer than both", "c"] + [f"text {number:02}" for number in range(15)]
 
 
-def states(model: Any, ids: list[int]) -> np.ndarray:
-    """The last states of one text alone, without padding."""
-    row = jnp.asarray([ids])
-    if hasattr(model, "encode"):
-        return np.asarray(model.encode(row, None).states[0])
-    return np.asarray(model.hidden_states(row).states[0])
+def states(model: Any, rows: list[list[int]]) -> list[np.ndarray]:
+    """The last states of every text alone, without padding."""
+    graphdef, params = split(model)
+
+    @jax.jit
+    def alone(params: Any, row: jax.Array) -> jax.Array:
+        one = merge(graphdef, params)
+        return (one.encode(row, None) if hasattr(one, "encode") else one.hidden_states(row)).states[0]
+
+    return [np.asarray(alone(params, jnp.asarray([row]))) for row in rows]
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -37,7 +43,7 @@ def test_a_vector_is_the_normalised_mean_of_the_states_of_the_text_alone(kind: s
     model = MODELS[kind].build(nnx.Rngs(params=0))
     embedder = Embedder(model, TOKENIZER)
     rows = embedder.encode(TEXTS)
-    means = np.stack([states(model, row).mean(axis=0) for row in rows])
+    means = np.stack([of_row.mean(axis=0) for of_row in states(model, rows)])
     expected = means / np.linalg.norm(means, axis=1, keepdims=True)
     np.testing.assert_allclose(embedder.embed(rows), expected, rtol=0, atol=2e-6)
 

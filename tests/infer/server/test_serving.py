@@ -174,6 +174,7 @@ def run_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.mark.scale
 def test_layers_in_the_hosts_memory_answer_the_same_and_are_announced(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], run_directory: Path
 ) -> None:
@@ -211,6 +212,7 @@ def test_layers_that_cannot_be_in_the_hosts_memory_are_refused(
         cli_main([str(run_directory), "--port", "0", "--offload-layers", *options])
 
 
+@pytest.mark.scale
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_the_command_serves_and_ends_by_a_signal(run_directory: Path, number: signal.Signals, code: int) -> None:
     command = [
