@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from llmlab.nn.module import merge, split
+from llmlab.nn.module import NoNumbers, merge, split
 
 
 def drawn(build: Callable[[], nnx.Module], seed: int = 0, *, std: float = 0.3) -> Any:
@@ -24,3 +24,8 @@ def drawn(build: Callable[[], nnx.Module], seed: int = 0, *, std: float = 0.3) -
         return jnp.asarray(1.0 + noise if str(path[-1].key) == "scale" else noise, leaf.dtype)
 
     return merge(graphdef, jax.tree_util.tree_map_with_path(draw, shapes))
+
+
+def built(config: Any, seed: int = 0, *, std: float = 0.3) -> Any:
+    """The model of this config, drawn like that."""
+    return drawn(lambda: config.build(NoNumbers(jax.random.key(0))), seed, std=std)

@@ -6,11 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from llmlab.models import bart, gpt2, llama, mbart, mistral, t5
 from llmlab.models.config import Untied
 from llmlab.nn.module import merge, split
+from tests.drawing import built
 
 VOCAB = 17
 
@@ -31,7 +31,7 @@ def tiny(family: str, vocab_size: int = VOCAB, embed_dim: int = 16) -> Any:
 
 def randomised(config: Any, seed: int = 2, scale: float = 1.5) -> Any:
     """All matrices large: a fresh model would write one token again and again."""
-    graphdef, params = split(config.build(nnx.Rngs(params=0)))
+    graphdef, params = split(built(config, std=0))
     rng = np.random.default_rng(seed)
 
     def drawn(path: Any, leaf: jax.Array) -> jax.Array:

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from llmlab.infer.steps import State, Steps, prepare
 from llmlab.models import (
@@ -40,6 +39,7 @@ from llmlab.nn.lsh import LocalAttention, LSHAttention
 from llmlab.nn.module import Params, merge
 from llmlab.nn.perceiver import Resampler
 from llmlab.nn.wiring import Sandwich
+from tests.drawing import built
 
 VOCAB, IMAGE = 17, 16
 SIZES: dict[str, Any] = {"embed_dim": 16, "num_layers": 2, "num_heads": 4, "vocab_size": VOCAB}
@@ -202,11 +202,7 @@ CASES: dict[str, Case] = {
 
 def prepared(case: Case) -> tuple[Steps, Params]:
     """The model with all parameters far from their initial values: gates are open, attention is not uniform."""
-    steps, params = prepare(case.config.build(nnx.Rngs(params=0)))
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    moved = [x + 0.3 * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True)]
-    return steps, jax.tree.unflatten(tree, moved)
+    return prepare(built(case.config, std=0.4))
 
 
 def decoded(
@@ -268,7 +264,7 @@ def test_a_layer_that_cannot_remember_says_why(kind: str) -> None:
         config = performer.decoder(block, embed_dim=16, num_layers=1, vocab_size=VOCAB)
         match = "layer 0: FavorAttention.causal=False. sums over the whole row"
     with pytest.raises(ValueError, match=match):
-        prepare(config.build(nnx.Rngs(params=0)))[0].new_state(1, 8)
+        prepare(built(config))[0].new_state(1, 8)
 
 
 def test_what_sums_and_chunks_cannot_do_is_refused() -> None:
@@ -277,9 +273,9 @@ def test_what_sums_and_chunks_cannot_do_is_refused() -> None:
     wide = replace(LOCAL, before=2)
     config = reformer.reformer(**_reformer, layers=("local",), local=wide, lsh=LSHAttention(num_heads=4))
     with pytest.raises(ValueError, match=r"before=2, after=0\) decodes no text.* use before=1 and after=0"):
-        prepare(config.build(nnx.Rngs(params=0)))[0].new_state(1, 8)
+        prepare(built(config))[0].new_state(1, 8)
     steps, params = prepared(CASES["XLNet"])
-    crossing = prepare(xlnet.xlnet(**SIZES, hidden_dim=24, same_length=True).build(nnx.Rngs(params=0)))[0]
+    crossing = prepare(built(xlnet.xlnet(**SIZES, hidden_dim=24, same_length=True)))[0]
     with pytest.raises(ValueError, match="same_length=True: what a token sees depends on the whole batch"):
         crossing.step(params, steps.new_state(1, 8), jnp.zeros((1, 1), int), jnp.zeros((1, 1), int))
 
@@ -302,7 +298,7 @@ def test_a_model_that_scores_no_next_token_is_refused(kind: str) -> None:
     else:
         config, match = xlnet.xlnet(**SIZES, hidden_dim=24, head=None), "head=NoneType does not write text"
     with pytest.raises(ValueError, match=match):
-        prepare(config.build(nnx.Rngs(params=0)))
+        prepare(built(config))
 
 
 def test_sums_over_many_chunks_are_those_of_the_whole_row() -> None:

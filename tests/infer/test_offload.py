@@ -31,6 +31,7 @@ from llmlab.models import paligemma, reformer
 from llmlab.nn.module import merge, num_parameters, split
 from llmlab.sharding import Mesh
 from llmlab.sharding.memory import DEVICE, HOST
+from tests.drawing import built
 from tests.infer.engine import tiny as tiny_engine
 from tests.infer.offloading import decode_call, in_host_memory
 from tests.infer.random_models import randomised, tiny
@@ -119,7 +120,7 @@ def test_the_last_layers_are_in_the_hosts_memory_and_the_numbers_are_the_same(
 
 def test_layers_of_a_vision_tower_go_first() -> None:
     """They are applied once for an image."""
-    model = paligemma.PRESETS["paligemma-nano"].with_vocabulary(320).build(nnx.Rngs(params=0))
+    model = built(paligemma.PRESETS["paligemma-nano"].with_vocabulary(320))
     assert in_host(offload(model, 3)) == {
         *(f"vision/stack/remainder/{layer}" for layer in range(2)),
         "text/stack/remainder/1",
@@ -220,7 +221,7 @@ def test_memory_fraction_leaves_room_for_the_layer_that_is_on_its_way(monkeypatc
 
 
 def test_a_number_of_layers_that_there_is_not_is_refused() -> None:
-    model = LLAMA.build(nnx.Rngs(params=0))
+    model = built(LLAMA)
     for number in (-1, 3):
         with pytest.raises(ValueError, match=rf"num_layers={number} is not between 0 and the 2 layers of the model"):
             offload(model, number)
@@ -231,7 +232,7 @@ def test_a_number_of_layers_that_there_is_not_is_refused() -> None:
 
 
 def test_models_that_cannot_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    graphdef, params = split(LLAMA.build(nnx.Rngs(params=0)))
+    graphdef, params = split(built(LLAMA))
     mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2], axis_types=(jax.sharding.AxisType.Auto,))
     spread = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
     with pytest.raises(ValueError, match="weights are on 2 devices, and layers are offloaded from one; spread them"):

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from llmlab.infer.beam import beam_search
 from llmlab.infer.contrastive import contrastive_search
@@ -15,6 +14,7 @@ from llmlab.infer.greedy import greedy
 from llmlab.infer.sampling import GREEDY
 from llmlab.infer.speculative import speculative
 from llmlab.nn.module import merge, split
+from tests.drawing import built
 from tests.infer.random_models import log_softmax
 from tests.infer.test_cached import CASES
 
@@ -38,11 +38,7 @@ def scorer(model: Any, kind: str, inputs: dict[str, Any], number: int, given: in
 @pytest.mark.scale
 def test_what_is_found_has_the_scores_of_whole_forward_passes(kind):
     case = CASES[kind]
-    graphdef, params = split(case.config.build(nnx.Rngs(params=0)))
-    leaves, tree = jax.tree.flatten(params)
-    rng = np.random.default_rng(0)
-    moved = [leaf + jnp.asarray(0.3 * rng.standard_normal(leaf.shape), jnp.float32) for leaf in leaves]
-    model = merge(graphdef, jax.tree.unflatten(tree, moved))
+    model = built(case.config, std=0.4)
     prompts = [list(row[:length]) for row, length in zip(case.rows, case.lengths, strict=True)]
     inputs = dict(case.inputs or {})
     shared: dict[str, Any] = {"max_new_tokens": NEW, "num_tokens": 16, "inputs": inputs or None}

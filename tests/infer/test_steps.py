@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from llmlab.infer.steps import prepare
 from llmlab.models import bert, gpt2, llama, t5
 from llmlab.nn.module import merge
+from tests.drawing import built
 
 IDS = jnp.array([[5, 9, 2, 7, 1, 3], [3, 1, 8, 8, 4, 2]])
 SOURCE = {
@@ -31,7 +31,7 @@ MODELS: dict[str, tuple[Any, Any]] = {
 @pytest.mark.parametrize("given", [1, 4])
 def test_prefill_and_steps_give_the_states_of_the_whole_model(name, given):
     config, inputs = MODELS[name]
-    steps, params = prepare(config.build(nnx.Rngs(params=0)))
+    steps, params = prepare(built(config))
     position_BS = jnp.broadcast_to(jnp.arange(6), (2, 6))
 
     @jax.jit
@@ -56,21 +56,21 @@ def test_prefill_and_steps_give_the_states_of_the_whole_model(name, given):
 
 
 def test_what_a_model_cannot_be_given_is_refused():
-    steps, params = prepare(MODELS["gpt2"][0].build(nnx.Rngs(params=0)))
+    steps, params = prepare(built(MODELS["gpt2"][0]))
     with pytest.raises(ValueError, match="tokens alone, not pixel_values"):
         steps.prefill(params, steps.new_state(1, 8), IDS[:1], IDS[:1], {"pixel_values": jnp.zeros((1, 2, 2, 1))})
     with pytest.raises(ValueError, match="needs a source"):
-        prepare(MODELS["t5"][0].build(nnx.Rngs(params=0)))[0].new_state(1, 8)
+        prepare(built(MODELS["t5"][0]))[0].new_state(1, 8)
 
 
 def test_an_encoder_does_not_write():
-    model = bert.preset("bert-nano").with_vocabulary(32).build(nnx.Rngs(params=0))
+    model = built(bert.preset("bert-nano").with_vocabulary(32))
     with pytest.raises(ValueError, match="Encoder does not write text"):
         prepare(model)
 
 
 def test_the_same_structure_is_the_same_static_argument():
     config = MODELS["llama"][0]
-    one, two = (prepare(config.build(nnx.Rngs(params=seed)))[0] for seed in (0, 1))
+    one, two = (prepare(built(config, seed))[0] for seed in (0, 1))
     assert hash(one) == hash(two)
     assert one == two

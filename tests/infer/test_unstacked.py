@@ -18,6 +18,7 @@ from llmlab.infer.unstacked import unstacked
 from llmlab.models import gemma, gpt2, llama, mixtral, palm, t5
 from llmlab.nn.module import merge, num_parameters, split
 from llmlab.nn.stack import Stack
+from tests.drawing import built
 
 SIZES: dict[str, Any] = {"embed_dim": 32, "num_heads": 2, "vocab_size": 17}
 LLAMA = llama.llama(**SIZES, num_layers=2, hidden_dim=24, num_kv_heads=1)
@@ -43,7 +44,7 @@ def stacks(model: nnx.Module) -> list[Stack]:
 def test_it_computes_what_the_model_does(name: str, platform: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU with matrices joined and kernels of its own; the cached step of those is what is compared then."""
     monkeypatch.setattr(unstacked_module, "platform", lambda: platform)
-    model = DECODERS[name].build(nnx.Rngs(params=0))
+    model = built(DECODERS[name])
     graphdef, params = unstacked(model)
     assert all(not stack.blocks for stack in stacks(merge(graphdef, params)))
     assert num_parameters(params) == num_parameters(split(model)[1])
@@ -65,7 +66,7 @@ def test_it_computes_what_the_model_does(name: str, platform: str, monkeypatch: 
 
 def test_both_stacks_of_an_encoder_decoder_are_taken_apart() -> None:
     config = t5.t5(embed_dim=16, num_layers=2, num_heads=2, head_dim=8, hidden_dim=24, vocab_size=17, num_buckets=8)
-    model = config.build(nnx.Rngs(params=0))
+    model = built(config)
     graphdef, params = unstacked(model)
     got = merge(graphdef, params)
     assert [(len(stack.blocks), len(stack.remainder)) for stack in stacks(got)] == [(0, 2), (0, 2)]
@@ -78,7 +79,7 @@ def test_both_stacks_of_an_encoder_decoder_are_taken_apart() -> None:
 
 
 def test_it_is_made_once_and_again_where_the_arrays_are_others() -> None:
-    model = LLAMA.build(nnx.Rngs(params=0))
+    model = built(LLAMA)
     once, again = unstacked(model)[1], unstacked(model)[1]
     assert all(a is b for a, b in zip(jax.tree.leaves(once), jax.tree.leaves(again), strict=True))
     block: Any = model.stack.blocks[0]
@@ -87,7 +88,7 @@ def test_it_is_made_once_and_again_where_the_arrays_are_others() -> None:
 
 
 def test_it_goes_with_the_model() -> None:
-    model = LLAMA.build(nnx.Rngs(params=0))
+    model = built(LLAMA)
     unstacked(model)
     kept = len(unstacked_module._copies)
     del model
@@ -96,7 +97,7 @@ def test_it_goes_with_the_model() -> None:
 
 
 def test_a_model_on_several_devices_and_one_that_is_traced_are_left_as_they_are() -> None:
-    graphdef, params = split(LLAMA.build(nnx.Rngs(params=0)))
+    graphdef, params = split(built(LLAMA))
     mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2], axis_types=(jax.sharding.AxisType.Auto,))
     spread = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
     assert unstacked(merge(graphdef, spread))[0] == graphdef
@@ -111,7 +112,7 @@ def test_a_model_on_several_devices_and_one_that_is_traced_are_left_as_they_are(
 
 
 def test_a_copy_that_is_made_inside_of_a_trace_is_there_after_it() -> None:
-    model = LLAMA.build(nnx.Rngs(params=0))
+    model = built(LLAMA)
     scale = jax.jit(lambda x: x * jax.tree.leaves(unstacked(model)[1])[0])(2.0)
     graphdef, params = unstacked(model)
     np.testing.assert_array_equal(scale, 2.0 * jax.tree.leaves(params)[0])

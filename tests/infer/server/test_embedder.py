@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from llmlab.infer.server.embedder import Embedder
 from llmlab.models.bert import bert
@@ -14,6 +13,7 @@ from llmlab.models.llama import llama
 from llmlab.models.t5 import t5
 from llmlab.nn.module import merge, split
 from llmlab.tokenizers import Bytes
+from tests.drawing import built
 from tests.infer.server.serving import client_of, service_of
 
 TOKENIZER = Bytes().build()
@@ -40,7 +40,7 @@ def states(model: Any, rows: list[list[int]]) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_vector_is_the_normalised_mean_of_the_states_of_the_text_alone(kind: str) -> None:
-    model = MODELS[kind].build(nnx.Rngs(params=0))
+    model = built(MODELS[kind])
     embedder = Embedder(model, TOKENIZER)
     rows = embedder.encode(TEXTS)
     means = np.stack([of_row.mean(axis=0) for of_row in states(model, rows)])
@@ -49,7 +49,7 @@ def test_a_vector_is_the_normalised_mean_of_the_states_of_the_text_alone(kind: s
 
 
 def test_a_model_that_does_not_write_has_embeddings_alone() -> None:
-    model = MODELS["encoder"].build(nnx.Rngs(params=0))
+    model = built(MODELS["encoder"])
     client = client_of(service_of(None, tokenizer=TOKENIZER, embedder=Embedder(model, TOKENIZER)))
     answer = client.post("/v1/embeddings", json={"input": ["a", "b"]}).json()
     assert [len(one["embedding"]) for one in answer["data"]] == [16, 16]
@@ -80,7 +80,7 @@ def test_a_model_that_does_not_write_has_embeddings_alone() -> None:
     ],
 )
 def test_what_cannot_be_embedded_is_refused_by_name(body: dict[str, Any], param: str) -> None:
-    model = MODELS["encoder"].build(nnx.Rngs(params=0))
+    model = built(MODELS["encoder"])
     client = client_of(service_of(None, tokenizer=TOKENIZER, embedder=Embedder(model, TOKENIZER)))
     response = client.post("/v1/embeddings", json=body)
     assert response.status_code == 400
