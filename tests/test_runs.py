@@ -447,6 +447,7 @@ def test_loading_says_what_is_wrong(uninterrupted: runs.Run, tmp_path: Path) -> 
         llmlab.load(tmp_path)
 
 
+@pytest.mark.scale
 def test_a_run_can_start_from_another_runs_weights(
     uninterrupted: runs.Run, experiment: Experiment, tmp_path: Path
 ) -> None:

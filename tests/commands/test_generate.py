@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 from PIL import Image
 
 import llmlab
@@ -20,6 +19,7 @@ from llmlab.models import llama, paligemma, t5
 from llmlab.models.huggingface import save_hf
 from llmlab.nn.module import split
 from llmlab.tokenizers import ByteLevelBPE
+from tests.drawing import built
 
 TEXT = "the cat sat on the mat and the dog sat on the log, again and again; 0123456789 [yes|no]"
 
@@ -37,7 +37,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     tokenizer = ByteLevelBPE(vocab_size=280).build(lambda: iter([TEXT] * 20))
     for name, config in configs.items():
-        save_hf(config.build(nnx.Rngs(params=0)), root / name)
+        save_hf(built(config), root / name)
         tokenizer.save(root / name)
     return root
 

@@ -16,6 +16,7 @@ from llmlab.models.heads import SequenceClassification
 from llmlab.nn.module import merge, split
 from llmlab.objectives import NextToken
 from tests.distill.conftest import STUDENT, TEACHER
+from tests.drawing import built
 
 
 def test_maps_are_what_they_are_called() -> None:
@@ -60,9 +61,8 @@ def layers(model: Any) -> list[Any]:
 def test_a_student_starts_from_the_layers_that_are_chosen(student: Any, teacher: Any) -> None:
     configs = patterned(*student), patterned(*teacher)
     pairs = tuple((i, 5 - i) for i in range(student[0]))
-    from flax import nnx
 
-    theirs = configs[1].build(nnx.Rngs(params=1))
+    theirs = built(configs[1], 1)
     graphdef, shapes, _ = configs[0].abstract()
     params = student_weights(shapes, split(theirs)[1], Explicit(of=pairs), ())
     assert jax.tree.structure(params) == jax.tree.structure(shapes)

@@ -69,6 +69,7 @@ def data(files: Path, teacher: str, **changes: Any) -> TeacherTexts:
     return TeacherTexts(**pairs(files), teacher=teacher, written_length=8, **changes)
 
 
+@pytest.mark.scale
 def test_targets_are_what_the_teacher_writes_and_validation_is_the_files_own(files: Path, translator: str) -> None:
     train, validation = data(files, translator).read()
     plain_train, plain_validation = Pairs(**pairs(files)).read()

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from llmlab.evals.calibration import expected_calibration_error, predictions
 from llmlab.models.llama import llama
+from tests.drawing import built
 
 
 def by_hand(confidence: np.ndarray, correct: np.ndarray, bins: int) -> float:
@@ -46,7 +46,7 @@ def test_no_predictions_are_refused() -> None:
 
 
 def test_predictions_are_those_of_the_models_logits_at_counted_places() -> None:
-    model: Any = llama(vocab_size=16, embed_dim=8, num_layers=1, num_heads=2, hidden_dim=16).build(nnx.Rngs(params=0))
+    model: Any = built(llama(vocab_size=16, embed_dim=8, num_layers=1, num_heads=2, hidden_dim=16))
     rng = np.random.default_rng(0)
     batches = []
     for _ in range(2):

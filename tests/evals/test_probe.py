@@ -5,12 +5,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from llmlab.evals.probe import fit_probe, mean_states, probe_accuracy
 from llmlab.models.llama import llama
+from tests.drawing import built
 
 
 def blobs(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -47,7 +47,7 @@ def test_one_class_is_refused() -> None:
 
 
 def test_summaries_do_not_depend_on_padding_or_on_the_batch() -> None:
-    model: Any = llama(vocab_size=16, embed_dim=8, num_layers=2, num_heads=2, hidden_dim=16).build(nnx.Rngs(params=0))
+    model: Any = built(llama(vocab_size=16, embed_dim=8, num_layers=2, num_heads=2, hidden_dim=16))
     rng = np.random.default_rng(0)
     rows = [rng.integers(1, 16, length).tolist() for length in (1, 7, 4, 12, 9)]
 

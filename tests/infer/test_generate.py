@@ -19,6 +19,7 @@ from llmlab.models.llama import llama
 from llmlab.nn.module import merge, split
 from llmlab.nn.positions import ALiBi
 from llmlab.tokenizers import Bytes
+from tests.drawing import built
 
 VOCAB = 259
 
@@ -49,6 +50,7 @@ def tokens(seed: int, *shape: int) -> np.ndarray:
     return np.asarray(jax.random.randint(jax.random.key(seed), shape, 0, VOCAB))
 
 
+@pytest.mark.scale
 @pytest.mark.parametrize("name", CONFIGS)
 def test_cached_decoding_gives_the_logits_of_the_full_forward_pass(name):
     model, ids = build(name), jnp.asarray(tokens(0, 2, 24))
@@ -64,6 +66,7 @@ def test_cached_decoding_gives_the_logits_of_the_full_forward_pass(name):
     np.testing.assert_allclose(jnp.concatenate(steps, axis=1), full, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.scale
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("sampling", [Sampling(temperature=0), Sampling(top_k=20, top_p=0.9, seed=5)])
 def test_a_row_of_a_batch_equals_the_row_alone(name, sampling):
@@ -127,5 +130,5 @@ def test_streamed_pieces_join_to_the_completion():
 
 def test_rows_that_round_the_vocabulary_up_are_never_drawn():
     config = replace(CONFIGS["gpt2"], vocab_size=1024)  # three quarters of the rows are no token of Bytes
-    completion = generate(config.build(nnx.Rngs(params=0)), Bytes().build(), "a", max_new_tokens=32)[0]
+    completion = generate(built(config), Bytes().build(), "a", max_new_tokens=32)[0]
     assert all(token < VOCAB for token in completion.token_ids)

@@ -21,6 +21,7 @@ from llmlab.models import bart, clip, flamingo, gemma, llama, paligemma, siglip,
 from llmlab.models.config import Untied
 from llmlab.nn.module import merge, split
 from llmlab.tokenizers import Bytes
+from tests.drawing import built
 
 TOKENIZER = Bytes().build()
 BOS, EOS, VOCAB = 256, 257, TOKENIZER.vocab_size
@@ -255,7 +256,7 @@ def images_of(kind: str) -> tuple[Any, np.ndarray]:
         config = flamingo.flamingo(
             **_SIZES, hidden_dim=24, interval=2, vision=_tower(clip.clip_vision), additional_tokens=2
         )
-    graphdef, params = split(config.build(nnx.Rngs(params=0)))
+    graphdef, params = split(built(config))
     leaves, tree = jax.tree.flatten(params)
     rng = np.random.default_rng(0)
     moved = [leaf + jnp.asarray(0.3 * rng.standard_normal(leaf.shape), jnp.float32) for leaf in leaves]

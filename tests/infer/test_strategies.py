@@ -15,6 +15,7 @@ from llmlab.infer.sampling import GREEDY, Sampling
 from llmlab.infer.strategies import Beams, Contrastive, Speculation, Strategy
 from llmlab.models import llama, paligemma, t5
 from llmlab.tokenizers import Bytes
+from tests.drawing import built
 
 TOKENIZER = Bytes().build()
 SIZES: dict[str, Any] = {"embed_dim": 16, "num_layers": 1, "num_heads": 2, "vocab_size": TOKENIZER.vocab_size}
@@ -92,7 +93,7 @@ def test_beams_are_the_hypotheses_best_first(model: str) -> None:
 
 def test_a_model_that_sees_images_is_searched_too() -> None:
     config = paligemma.PRESETS["paligemma-nano"].with_vocabulary(TOKENIZER.vocab_size)
-    model, shape = config.build(nnx.Rngs(params=0)), (config.vision.image_size,) * 2 + (config.vision.channels,)
+    model, shape = built(config), (config.vision.image_size,) * 2 + (config.vision.channels,)
     inputs = {"pixel_values": np.random.default_rng(0).normal(size=(1, 1, *shape)).astype(np.float32)}
     options: dict[str, Any] = {"inputs": inputs, "max_new_tokens": 5}
     (want,) = generate(model, TOKENIZER, "what", sampling=GREEDY, **options)

@@ -14,6 +14,7 @@ from llmlab.nn.config import Context
 from llmlab.nn.masks import Causal
 from llmlab.nn.norms import RMSNorm
 from llmlab.nn.positions import ALiBi
+from tests.drawing import built
 
 CONFIG = llama(vocab_size=16, embed_dim=8, num_layers=2, num_heads=2, num_kv_heads=1, hidden_dim=16)
 IDS = jnp.asarray(np.random.default_rng(0).integers(0, 16, (2, 6)), jnp.int32)
@@ -26,7 +27,7 @@ def with_mixer(**changes: Any) -> Any:
 
 
 def test_weights_are_the_softmax_of_scaled_products_of_positioned_queries_and_keys() -> None:
-    model = with_mixer(position=ALiBi(), window=3, qk_norm=RMSNorm(), softcap=2.0).build(nnx.Rngs(params=0))
+    model = built(with_mixer(position=ALiBi(), window=3, qk_norm=RMSNorm(), softcap=2.0))
     first, second = attention_weights(model, input_ids=IDS, segment_ids=SEGMENTS)
     assert first.shape == second.shape == (2, 2, 6, 6)
     layer: Any = next(model.stack.repeats.layers([nnx.split(block)[1] for block in model.stack.blocks]))
@@ -47,7 +48,7 @@ def test_weights_are_the_softmax_of_scaled_products_of_positioned_queries_and_ke
 
 
 def test_what_attention_gives_is_the_values_weighted_so_in_the_last_layer_too() -> None:
-    model = CONFIG.build(nnx.Rngs(params=0))
+    model = built(CONFIG)
     weights = attention_weights(model, input_ids=IDS)
     layers: list[Any] = list(model.stack.repeats.layers([nnx.split(block)[1] for block in model.stack.blocks]))
     context = Context(mask=Causal(), position_ids=jnp.broadcast_to(jnp.arange(6), (2, 6)))

@@ -7,12 +7,12 @@ from dataclasses import replace
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from llmlab.models import bert
 from llmlab.models.heads import MaskedLM, SequenceClassification
 from llmlab.models.huggingface import load_hf, save_hf
+from tests.drawing import built
 from tests.models.references import FIXTURES
 
 
@@ -42,7 +42,7 @@ def test_a_decoder_in_bert_s_clothes_is_refused():
 def test_names_of_labels_survive(tmp_path):
     head = SequenceClassification(names=("negative", "positive"), problem_type="single_label_classification")
     config = bert.bert(embed_dim=8, num_layers=1, num_heads=2, vocab_size=16, head=head)
-    save_hf(config.build(nnx.Rngs(0)), tmp_path / "out")
+    save_hf(built(config), tmp_path / "out")
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written["id2label"] == {"0": "negative", "1": "positive"}
     assert load_hf(tmp_path / "out").config.head == head

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from llmlab.models.big_bird import big_bird, from_hf, to_hf
 from llmlab.models.big_bird_model import DeepQuestionAnswering
 from llmlab.nn.big_bird import BigBirdAttention
 from llmlab.plan.cost import count
+from tests.drawing import built
 
 SIZES: dict[str, Any] = {"embed_dim": 8, "num_heads": 2, "vocab_size": 20, "max_length": 64, "num_layers": 2}
 SMALL: dict[str, Any] = {**SIZES, "block_size": 2, "num_random_blocks": 1, "separator": 2}
@@ -20,10 +20,6 @@ SMALL: dict[str, Any] = {**SIZES, "block_size": 2, "num_random_blocks": 1, "sepa
 
 def mixers(model: Any) -> list[BigBirdAttention]:
     return [block.mixer for block in model.layers() if isinstance(block.mixer, BigBirdAttention)]
-
-
-def built(config: Any) -> Any:
-    return config.build(nnx.Rngs(0))
 
 
 def test_layers_draw_different_blocks_and_keep_them_through_a_directory():

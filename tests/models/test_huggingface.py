@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from llmlab.models import gpt2, llama
@@ -21,6 +20,7 @@ from llmlab.nn.module import merge, split
 from llmlab.nn.norms import LayerNorm
 from llmlab.nn.wiring import Sandwich
 from llmlab.sharding import Mesh
+from tests.drawing import built
 from tests.models.comparison import assert_same_weights, under, weights_of
 from tests.models.references import FIXTURES
 
@@ -90,7 +90,7 @@ def test_a_pattern_with_remainder_exports_the_layers_in_their_order(tmp_path):
         config = llama.llama(embed_dim=8, num_layers=5, num_heads=2, hidden_dim=8, vocab_size=11)
         return dataclasses.replace(config, pattern=config.pattern * repeats)
 
-    paired = build(2).build(nnx.Rngs(params=0))
+    paired = built(build(2))
     directory = save_hf(paired, tmp_path / "pairs")
     single = load_hf(directory)
     assert len(single.config.pattern) == 1
@@ -197,7 +197,7 @@ def test_attributes_that_change_nothing_are_accepted():
 def test_what_a_model_has_beyond_its_family_is_refused_with_every_difference(tmp_path):
     config = llama.llama(embed_dim=8, num_layers=2, num_heads=2, hidden_dim=8, vocab_size=11)
     block = dataclasses.replace(config.pattern[0], wiring=Sandwich(), dropout=0.1)
-    model = dataclasses.replace(config, pattern=(block,), embedding_scale=2.0).build(nnx.Rngs(params=0))
+    model = built(dataclasses.replace(config, pattern=(block,), embedding_scale=2.0))
     with pytest.raises(ValueError, match="no Hugging Face family") as error:
         save_hf(model, tmp_path / "out")
     for word in ("wiring", "dropout", "embedding_scale"):
@@ -303,7 +303,7 @@ def test_epsilons_are_read_from_the_config():
 
 def test_the_nearest_familys_differences_are_shown_and_the_others_named(tmp_path):
     config = llama.llama(embed_dim=8, num_layers=2, num_heads=2, hidden_dim=8, vocab_size=11)
-    model = dataclasses.replace(config, embedding_scale=2.0).build(nnx.Rngs(params=0))
+    model = built(dataclasses.replace(config, embedding_scale=2.0))
     with pytest.raises(ValueError, match="a llama config cannot express this model") as error:
         save_hf(model, tmp_path / "out")
     assert "embedding_scale: 2.0, in llama 1.0" in str(error.value)
@@ -312,7 +312,7 @@ def test_the_nearest_familys_differences_are_shown_and_the_others_named(tmp_path
 
 
 def test_a_family_that_is_asked_for_is_the_only_one_tried(tmp_path):
-    model = llama.llama(embed_dim=8, num_layers=1, num_heads=2, hidden_dim=8, vocab_size=11).build(nnx.Rngs(params=0))
+    model = built(llama.llama(embed_dim=8, num_layers=1, num_heads=2, hidden_dim=8, vocab_size=11))
     with pytest.raises(ValueError, match=r"the Hugging Face family gpt2 does not compute.*\ngpt2 is made of"):
         save_hf(model, tmp_path / "out", model_type="gpt2")
     with pytest.raises(ValueError, match=r"no family with model_type 'gpt3'; implemented are .*gpt2"):
@@ -323,7 +323,7 @@ def test_a_family_that_is_asked_for_is_the_only_one_tried(tmp_path):
 
 def test_weights_are_read_straight_to_the_devices_of_a_mesh(tmp_path: Path) -> None:
     config = llama.llama(embed_dim=16, num_layers=2, num_heads=4, num_kv_heads=2, hidden_dim=24, vocab_size=32)
-    model = config.build(nnx.Rngs(params=0))
+    model = built(config)
     save_hf(model, tmp_path / "model")
     placement = Mesh(data=1, tensor=2).build(jax.devices()[:2])
     loaded = load_hf(tmp_path / "model", placement=placement)

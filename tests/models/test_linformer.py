@@ -13,6 +13,7 @@ from llmlab.models import linformer
 from llmlab.models.encoder import Encoder
 from llmlab.nn.module import merge
 from llmlab.plan.cost import count
+from tests.drawing import built
 from tests.models.equations import (
     assert_model_is_its_equations,
     gelu,
@@ -86,7 +87,7 @@ def equations(params: Any, inputs: dict[str, np.ndarray], sharing: str) -> np.nd
 @pytest.mark.parametrize("sharing", ["headwise", "none"])
 def test_the_model_is_the_equations(sharing):
     inputs = batch()
-    model = randomised(config(sharing).build(nnx.Rngs(0)))
+    model = randomised(built(config(sharing)))
     assert_model_is_its_equations(
         model, inputs, lambda params: equations(params, inputs, sharing), inputs["attention_mask"] == 1
     )

@@ -6,11 +6,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from llmlab.models.heads import MaskedLM, QuestionAnswering, SequenceClassification
 from llmlab.models.longformer import from_hf, longformer, to_hf
 from llmlab.nn.longformer import LongformerAttention
+from tests.drawing import built
 
 SIZES: dict[str, Any] = {"embed_dim": 8, "num_heads": 2, "vocab_size": 20, "max_length": 32}
 
@@ -55,7 +55,7 @@ def test_room_for_global_tokens_survives_the_way_through_a_directory():
     ids=lambda part: type(part).__name__,
 )
 def test_the_head_decides_which_tokens_are_global_by_default(head, expected):
-    model = longformer(num_layers=1, window=8, head=head, separator=2, **SIZES).build(nnx.Rngs(0))
+    model = built(longformer(num_layers=1, window=8, head=head, separator=2, **SIZES))
     found = model.default_global_tokens(jnp.asarray([[0, 7, 9, 2, 2, 5], [0, 7, 9, 5, 5, 5]]))
     if expected is None:
         assert found is None

@@ -13,6 +13,7 @@ from llmlab.nn.attention import Attention
 from llmlab.nn.module import merge
 from llmlab.nn.norms import LayerNorm
 from llmlab.plan.cost import count
+from tests.drawing import built
 
 TINY: dict[str, Any] = {"embed_dim": 12, "num_layers": 3, "num_heads": 2, "width": 6, "hidden_dim": 10, "table_dim": 5}
 
@@ -45,7 +46,7 @@ def test_the_flop_formula_equals_the_count_of_the_program(narrow_values, num_ffn
 
 
 def test_dropout_is_active_with_a_key():
-    model: Any = mobilebert.mobilebert(**TINY, vocab_size=29, dropout=0.5).build(nnx.Rngs(0))
+    model: Any = built(mobilebert.mobilebert(**TINY, vocab_size=29, dropout=0.5))
     ids = jnp.arange(8)[None]
     plain, dropped = model(ids).logits, model(ids, key=jax.random.key(0)).logits
     assert not jnp.array_equal(plain, dropped)

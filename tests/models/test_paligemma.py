@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from llmlab.models import paligemma
 from llmlab.models.gemma import gemma
 from llmlab.models.siglip import siglip
 from llmlab.nn.module import merge
 from llmlab.plan.cost import count
+from tests.drawing import built
 
 IMAGE = 20
 TINY = paligemma.PaliGemma(
@@ -28,7 +28,7 @@ TYPES = jnp.array([[0] * 6 + [1, 1], [0] * 7 + [1]])
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return TINY.build(nnx.Rngs(params=0))
+    return built(TINY)
 
 
 def changed(model: Any, ids: jax.Array = IDS, pixels: jax.Array = PIXELS) -> np.ndarray:

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from llmlab.models import performer
 from llmlab.models.config import ModelConfig
@@ -15,6 +14,7 @@ from llmlab.nn.favor import orthogonal_features
 from llmlab.nn.module import merge, split
 from llmlab.objectives import NextToken
 from llmlab.plan.cost import count
+from tests.drawing import built
 from tests.models.equations import (
     assert_model_is_its_equations,
     gelu,
@@ -93,7 +93,7 @@ def equations(params: Any, inputs: dict[str, np.ndarray], causal: bool, epsilon:
 @pytest.mark.parametrize("causal", [True, False])
 def test_the_model_is_the_equations(causal):
     inputs = batch(causal)
-    model = randomised(config(causal).build(nnx.Rngs(0)))
+    model = randomised(built(config(causal)))
     assert_model_is_its_equations(
         model, inputs, lambda params: equations(params, inputs, causal), inputs["attention_mask"] == 1
     )
@@ -110,7 +110,7 @@ def test_flops_are_those_of_the_program(causal):
 
 
 def test_the_objective_of_packed_rows_is_the_loss_of_a_call():
-    graphdef, params = split(config(causal=True).build(nnx.Rngs(0)))
+    graphdef, params = split(built(config(causal=True)))
     inputs = {name: jnp.asarray(value) for name, value in batch(True).items() if name != "attention_mask"}
 
     def losses(params: Any) -> Any:

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from llmlab.models import vit
 from llmlab.models.vision import (
@@ -24,6 +23,7 @@ from llmlab.nn.feed_forward import MLP
 from llmlab.nn.module import merge, split
 from llmlab.nn.norms import LayerNorm
 from llmlab.plan.cost import count
+from tests.drawing import built
 
 TINY = vit.vit(embed_dim=12, num_layers=2, num_heads=3, image_size=6, patch_size=2, channels=2, hidden_dim=20)
 POOLINGS: dict[str, Pooling] = {
@@ -40,10 +40,6 @@ def tiny(pooling: str, **changes: Any) -> VisionTransformer:
     return dataclasses.replace(TINY, pooling=POOLINGS[pooling], head=head, **changes)
 
 
-def built(config: VisionTransformer, seed: int = 0) -> Any:
-    return config.build(nnx.Rngs(params=seed))
-
-
 def images(*batch: int, seed: int = 0) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), (*batch, 6, 6, 2))
 
@@ -54,7 +50,8 @@ def test_the_patch_projection_is_a_convolution_whose_stride_is_its_size():
     expected = jax.lax.conv_general_dilated(
         x, model.patches.kernel[...], (2, 2), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"), precision="highest"
     )
-    np.testing.assert_allclose(model.patches(patchify(x, TINY)), expected.reshape(2, 9, 12), rtol=1e-5, atol=1e-6)
+    expected = expected.reshape(2, 9, 12) + model.patches.bias[...]
+    np.testing.assert_allclose(model.patches(patchify(x, TINY)), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -15,14 +15,11 @@ from llmlab.models.config import Tied
 from llmlab.nn.capture import capturing
 from llmlab.nn.module import merge, split
 from llmlab.nn.stack import Execution, cut_by
+from tests.drawing import built
 
 IDS = jnp.asarray(np.random.default_rng(0).integers(0, 17, (2, 6)), jnp.int32)
 SEGMENTS = jnp.asarray([[1, 1, 1, 2, 2, 2], [1, 1, 1, 1, 0, 0]], jnp.int32)
 LLAMA = llama.llama(embed_dim=16, num_layers=3, num_heads=4, num_kv_heads=2, hidden_dim=24, head=Tied(), vocab_size=17)
-
-
-def built(config: Any) -> Any:
-    return config.build(nnx.Rngs(params=0))
 
 
 def captured(model: Any, *what: Any, **inputs: Any) -> dict[str, Any]:

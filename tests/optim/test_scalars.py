@@ -18,6 +18,7 @@ OPTIMIZERS = [
 ]
 
 
+@pytest.mark.scale
 @pytest.mark.parametrize("wide", [False, True], ids=["standard", "muP"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda optimizer: type(optimizer).__name__)
 def test_traced_rate_and_decay_give_the_update_of_the_numbers(optimizer: Optimizer, wide: bool) -> None:

@@ -86,6 +86,7 @@ EXPECTED = {
 }  # fmt: skip
 
 
+@pytest.mark.scale
 @pytest.mark.parametrize("name", EXPECTED)
 def test_each_parameter_has_the_learning_rate_of_the_table(name: str) -> None:
     optimizer, expected = EXPECTED[name]

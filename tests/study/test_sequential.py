@@ -56,6 +56,7 @@ def test_the_expected_e_value_of_a_fair_game_is_one() -> None:
     assert np.exp(log_e_values(x - 0.5)[:, 2]).mean() < 0.8
 
 
+@pytest.mark.scale
 @pytest.mark.parametrize("variants", [1, 3])
 @pytest.mark.parametrize(
     ("claim", "margin"),
@@ -170,6 +171,7 @@ def test_a_settled_verdict_stays_and_reports_the_seed_that_settled_it(direction)
     assert "one seed shows no spread" in decisions[0].reason
 
 
+@pytest.mark.scale
 def test_decisions_are_those_of_the_simulated_p_values() -> None:
     rng = np.random.default_rng(2)
     for _ in range(20):

@@ -134,6 +134,7 @@ def test_what_is_not_finished_says_how_it_stands(written: Path) -> None:
     assert (read_trial(written).status, read_trial(written).problem) == (Status.DIVERGED, "loss=nan")
 
 
+@pytest.mark.scale
 def test_a_trial_is_trained_once_and_equal_experiments_meet(tiny: Experiment) -> None:
     trial = run_trial(tiny, ROOT, name="first", experiment_file=Path("tiny.py"))
     assert trial.status is Status.FINISHED, trial.problem

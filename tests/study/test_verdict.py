@@ -13,6 +13,7 @@ STUDIES = 20_000
 MOST = 0.05 + 4 * np.sqrt(0.05 * 0.95 / STUDIES)
 
 
+@pytest.mark.scale
 @pytest.mark.parametrize("n", [3, 4, 5, 10])
 @pytest.mark.parametrize("claim", CLAIMS)
 def test_a_false_verdict_is_reached_in_at_most_one_study_of_twenty(claim: Claim, n: int) -> None:

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from llmlab.models.llama import llama
 from llmlab.models.t5 import t5
@@ -17,6 +16,7 @@ from llmlab.optim import SGD
 from llmlab.training.gradients import norms_by_layer
 from llmlab.training.state import new_state
 from llmlab.training.step import make_train_step
+from tests.drawing import built
 
 
 def norm(*trees: Any) -> float:
@@ -59,7 +59,7 @@ def test_every_stack_of_an_encoder_decoder_has_layers_of_its_own() -> None:
 @pytest.mark.parametrize("num_layers", [1, 3])
 def test_a_step_reports_the_norms_of_its_own_gradient(num_layers: int) -> None:
     config = llama(vocab_size=32, embed_dim=8, num_layers=num_layers, num_heads=2, hidden_dim=16)
-    model = config.build(nnx.Rngs(params=0))
+    model = built(config)
     graphdef, params = split(model)
     # At rate 1 and without clipping the step is the gradient, and the norms are those before clipping.
     before = jax.tree.map(np.asarray, params)

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from llmlab.infer.engine import programs
 from llmlab.infer.engine.paged import PagedCache, check_layers, gather, new_pools, scatter, slots
@@ -19,6 +18,7 @@ from llmlab.nn.favor import FavorAttention
 from llmlab.nn.feed_forward import MLP
 from llmlab.nn.module import merge
 from llmlab.nn.moe import Capacity, ExpertChoice, MixtureOfExperts, TopK
+from tests.drawing import built
 from tests.infer.engine.tiny import CONFIGS, LLAMA, model
 
 SIZE, NONE = 4, 99
@@ -130,4 +130,4 @@ def test_an_encoder_decoder_is_refused() -> None:
 
     config = t5.t5(embed_dim=16, num_layers=1, num_heads=2, head_dim=8, hidden_dim=24, vocab_size=259, num_buckets=8)
     with pytest.raises(ValueError, match="the engine serves decoders"):
-        Engine(config.build(nnx.Rngs(params=0)), tokenizer())
+        Engine(built(config), tokenizer())

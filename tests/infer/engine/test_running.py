@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import nnx
 
 from llmlab.infer.engine.config import EngineConfig
 from llmlab.infer.engine.device import Device
@@ -16,6 +15,7 @@ from llmlab.infer.engine.request import Event, Reply, Request, RequestRefused
 from llmlab.infer.sampling import GREEDY, Sampling
 from llmlab.nn.module import logical_axes, merge, split
 from llmlab.sharding.mesh import Mesh
+from tests.drawing import built
 from tests.infer.engine.tiny import CONFIG, LLAMA, assert_all_free, engine, model, prompt, run, serve, tokenizer
 
 SECONDS = 60
@@ -194,7 +194,7 @@ def test_a_request_that_cannot_be_is_refused(change: dict[str, Any], reason: str
 
 
 def test_a_model_of_bfloat16_is_served_in_bfloat16() -> None:
-    graphdef, params = split(LLAMA.build(nnx.Rngs(params=1)))
+    graphdef, params = split(built(LLAMA, 1))
     half = merge(graphdef, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params))
     served = Engine(half, tokenizer(), CONFIG)
     assert served._device.pools[0].key.dtype == jnp.bfloat16

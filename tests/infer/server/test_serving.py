@@ -21,6 +21,7 @@ from llmlab.commands.serve import main as cli_main
 from llmlab.infer.server import extra
 from llmlab.infer.server.config import ServerConfig
 from llmlab.infer.server.serving import Server, listen, url_of
+from tests.drawing import built
 from tests.infer.server.fake import FakeEngine, letters
 from tests.infer.server.serving import running, service_of, until
 from tests.infer.server.test_completions import ids_of
@@ -161,7 +162,6 @@ def test_a_server_that_all_can_reach_without_a_key_says_so(
 @pytest.fixture(scope="module")
 def run_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Hugging Face directory with a tokenizer."""
-    from flax import nnx
 
     import llmlab
     from llmlab.models.llama import llama
@@ -169,7 +169,7 @@ def run_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     directory = tmp_path_factory.mktemp("model") / "tiny-llama"
     config = llama(embed_dim=16, num_layers=2, num_heads=2, num_kv_heads=1, hidden_dim=24, vocab_size=259)
-    llmlab.save_hf(config.build(nnx.Rngs(params=1)), directory)
+    llmlab.save_hf(built(config, 1), directory)
     Bytes().build().save(directory)
     return directory
 
