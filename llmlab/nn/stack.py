@@ -261,15 +261,15 @@ def _joined(reports: Sequence[Auxiliary]) -> Auxiliary:
 def _stacked(block: Block, repeats: int, depth: int, dim: int, rngs: nnx.Rngs) -> nnx.Module:
     """A block whose every parameter carries a leading dimension of `repeats`, each repeat drawn by its own key."""
 
-    graphdef = None
+    graphdefs: list[Any] = []  # static, and the same for every layer
 
     def build(key: jax.Array) -> Any:
-        nonlocal graphdef  # static, and the same for every layer
         graphdef, state = nnx.split(block.build(dim, rngs=type(rngs)(params=key), depth=depth))
+        graphdefs.append(graphdef)
         return state
 
     state = jax.vmap(build)(jax.random.split(rngs.params(), repeats))
-    return nnx.merge(graphdef, stack_axes(state))
+    return nnx.merge(graphdefs[0], stack_axes(state))
 
 
 def unstack(tree: Any, num: int) -> list[Any]:
