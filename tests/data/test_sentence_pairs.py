@@ -87,6 +87,7 @@ def test_segments_end_where_sentences_end(config: SentencePair) -> None:
     assert whole - starts <= {b for _, b in found}
 
 
+@pytest.mark.scale
 @pytest.mark.parametrize("config", [NextSentence(), SentenceOrder(masking=SpanMasking(rate=0.3))])
 def test_both_answers_are_equally_frequent(config: SentencePair) -> None:
     n = 2000

@@ -116,6 +116,7 @@ def test_a_full_disk_is_told_with_the_way_on(
     assert len(list(cache.glob("rows-*.zst"))) == 2
 
 
+@pytest.mark.scale
 def test_another_tokenizer_is_an_error_that_explains(
     teacher: str, file_of: Callable[..., Path], tmp_path: Path, capsys: Any
 ) -> None:

@@ -28,6 +28,7 @@ def jitted(model: Any, prompt: Any, count: int, **settings: Any) -> np.ndarray:
     return np.asarray(write(params, jax.random.key(0)))
 
 
+@pytest.mark.scale
 def test_continuations_at_temperature_zero_are_the_argmax_of_the_whole_row(batch: Any) -> None:
     prompt = batch["input_ids"][:, :4]
     new = jitted(MODEL, prompt, 5, temperature=0.0)

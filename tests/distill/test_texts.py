@@ -83,6 +83,7 @@ def test_targets_are_what_the_teacher_writes_and_validation_is_the_files_own(fil
     assert train == [pair for pair in zip(sources, expected, strict=True) if pair[1].strip()]
 
 
+@pytest.mark.scale
 def test_beam_search_finds_targets_that_the_teacher_finds_more_probable(files: Path, translator: str) -> None:
     sources = [f"w{i}" for i in range(8)]
     tokenizer = llmlab.load_tokenizer(translator)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from sklearn.preprocessing import StandardScaler
 
 from llmlab.evals.probe import fit_probe, mean_states, probe_accuracy
 from llmlab.models.llama import llama
+from llmlab.nn.module import merge, split
 from tests.drawing import built
 
 
@@ -54,9 +56,11 @@ def test_summaries_do_not_depend_on_padding_or_on_the_batch() -> None:
     def states(model: Any, ids: Any, mask: Any) -> Any:
         return model.hidden_states(ids, attention_mask=mask).states
 
+    graphdef, params = split(model)
+    whole = jax.jit(lambda params, ids: merge(graphdef, params).hidden_states(ids).states)
     found = mean_states(model, states, rows, length=10, batch_size=2)
     for row, summary in zip(rows, found, strict=True):
-        alone = np.asarray(model.hidden_states(jnp.asarray([row[:10]], jnp.int32)).states)[0]
+        alone = np.asarray(whole(params, jnp.asarray([row[:10]], jnp.int32)))[0]
         np.testing.assert_allclose(summary, alone.mean(axis=0), rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="row 1 has no token"):
         mean_states(model, states, [[1], []], length=4)

@@ -176,6 +176,7 @@ _T5 = t5.t5(**_SIZES, head_dim=5, hidden_dim=24, num_buckets=8, max_distance=7, 
 SEQ2SEQ = {"t5": _T5, "bart": bart.bart(**_SIZES, max_length=64, tied=False)}
 
 
+@pytest.mark.scale
 @pytest.mark.parametrize("family", SEQ2SEQ)
 def test_an_encoder_decoder_reads_the_prompt_and_writes_a_target(family):
     model = replace(SEQ2SEQ[family], embedding_std=1.0).build(nnx.Rngs(params=0))

@@ -27,6 +27,7 @@ MODELS: dict[str, tuple[Any, Any]] = {
 }
 
 
+@pytest.mark.scale
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("given", [1, 4])
 def test_prefill_and_steps_give_the_states_of_the_whole_model(name, given):

@@ -91,6 +91,7 @@ def test_beams_are_the_hypotheses_best_first(model: str) -> None:
         np.testing.assert_allclose(completion.score or 0.0, one.score, rtol=1e-5)
 
 
+@pytest.mark.scale
 def test_a_model_that_sees_images_is_searched_too() -> None:
     config = paligemma.PRESETS["paligemma-nano"].with_vocabulary(TOKENIZER.vocab_size)
     model, shape = built(config), (config.vision.image_size,) * 2 + (config.vision.channels,)

@@ -243,6 +243,7 @@ def test_dropout_is_active_with_a_key_and_only_then(family):
     np.testing.assert_array_equal(logits(plain, ids, key=jax.random.key(1)), logits(plain, ids))
 
 
+@pytest.mark.scale
 @families
 def test_dropout_draws_the_same_however_the_stack_is_applied(family):
     model = randomised(dropping(family))

@@ -198,6 +198,7 @@ def test_a_target_token_changes_its_own_and_later_positions_and_a_source_token_a
     assert np.all(np.any(np.asarray(before != after)[0], axis=-1))
 
 
+@pytest.mark.scale
 @pytest.mark.parametrize(
     ("family", "execution"),
     [("t5", Execution(mode="scan", remat="dots")), ("bart", Execution(mode="unroll", remat="full"))],

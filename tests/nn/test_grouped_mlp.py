@@ -113,6 +113,7 @@ def test_every_row_meets_the_matrices_of_its_expert(name: str, sizes: str) -> No
         np.testing.assert_allclose(ours, exact, rtol=1e-5, atol=1e-4)  # sums of up to 600 products in float32
 
 
+@pytest.mark.scale
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("gated", [True, False])
 def test_biases_and_dropped_units_are_each_row_its_own(name: str, gated: bool) -> None:
@@ -146,6 +147,7 @@ def test_the_platform_decides(monkeypatch: pytest.MonkeyPatch) -> None:
         assert function in str(jax.make_jaxpr(functools.partial(grouped_mlp, hidden))(*arrays))
 
 
+@pytest.mark.scale
 def test_flops_are_those_of_the_rows_and_a_few_in_vain() -> None:
     num_rows = 2048
     for name in ("blocked", "megablox"):

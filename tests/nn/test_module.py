@@ -14,7 +14,7 @@ from llmlab.models.config import Tied, Transformer, Untied
 from llmlab.models.gpt2 import gpt2
 from llmlab.models.llama import llama
 from llmlab.models.t5 import FAMILY as T5
-from llmlab.nn.module import Params, draw, split
+from llmlab.nn.module import NoNumbers, Params, draw, split
 from llmlab.optim.parameters import flatten
 
 
@@ -43,6 +43,19 @@ def test_parameters_have_the_shapes_and_spread_of_a_plain_build_and_no_two_are_e
             key = np.round(first, 3).tobytes()
             assert key not in seen, f"{path} was drawn as {seen[key]} was"
             seen[key] = path
+
+
+@pytest.mark.parametrize("family", [BERT, T5, CLIP], ids=lambda family: family.name)
+def test_shapes_without_numbers_are_those_of_a_model_with_numbers(family: Any) -> None:
+    preset = next(config for name, config in family.presets.items() if name.endswith("nano"))
+    model = preset.with_vocabulary(128) if preset.vocab_size is None else preset
+    graphdef, params, _ = model.abstract()
+    with_numbers = nnx.eval_shape(lambda: model.build(nnx.Rngs(params=0)))
+    assert (graphdef, params) == split(with_numbers)
+    drawing = str(jax.make_jaxpr(lambda: split(model.build(nnx.Rngs(params=0)))[1])())
+    not_drawing = str(jax.make_jaxpr(lambda: split(model.build(NoNumbers(jax.random.key(0))))[1])())
+    assert "random_bits" in drawing
+    assert "random_bits" not in not_drawing
 
 
 def test_models_that_differ_in_one_part_start_equal_in_all_others() -> None:

@@ -106,6 +106,7 @@ def test_stacked_layers_are_updated_as_separate_layers(name: str) -> None:
         assert_close(apart(stacked), separate, name)
 
 
+@pytest.mark.scale
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "groups"])
 def test_stacked_experts_are_updated_as_separate_matrices(name: str) -> None:
     """(layers, experts, embed, mlp) as layers x experts matrices (embed, mlp)."""

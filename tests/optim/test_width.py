@@ -94,6 +94,7 @@ def test_each_parameter_has_the_learning_rate_of_the_table(name: str) -> None:
     assert found == pytest.approx({path: expected.get(path, 1.0) for path in found}, rel=1e-4)
 
 
+@pytest.mark.scale
 @pytest.mark.parametrize("optimizer", [AdamW(peak_lr=0.1), Momentum(peak_lr=0.1, weight_decay=0.2), Muon(peak_lr=0.1)])
 def test_rate_times_weight_decay_is_that_of_the_base_model(optimizer: Optimizer) -> None:
     params = drawn(0)
@@ -122,6 +123,7 @@ def test_epsilon_shrinks_with_the_gradients(kind: type[Adam], name: str) -> None
         np.testing.assert_allclose(step, of_base[path] * EXPECTED[name][1].get(path, 1.0), rtol=1e-5)
 
 
+@pytest.mark.scale
 def test_growth_of_one_is_the_standard_parametrisation_bit_for_bit() -> None:
     params, gradient = drawn(0), drawn(1)
     for optimizer, _ in EXPECTED.values():

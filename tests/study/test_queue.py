@@ -58,6 +58,7 @@ def states(queue: Queue) -> collections.Counter[str]:
     return collections.Counter(trial.state.name for trial in queue.store.study.get_trials(deepcopy=False))
 
 
+@pytest.mark.scale
 def test_each_experiment_is_enqueued_once_and_taken_once(make_queue: Callable[..., Queue]) -> None:
     first, second = make_queue(), make_queue()
     first.enqueue()

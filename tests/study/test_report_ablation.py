@@ -68,6 +68,7 @@ def test_what_was_measured_besides_is_a_table_of_its_own(tmp_path: Path) -> None
     assert numbers_in(cells[1][2]) == [3.5, 0.354]
 
 
+@pytest.mark.scale
 def test_without_measures_there_is_no_section_for_them(page: Node) -> None:
     assert [node for node in page.walk() if node.attributes.get("id") == "measures"] == []
 

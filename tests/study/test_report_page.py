@@ -183,6 +183,7 @@ def said_to_console(done: subprocess.CompletedProcess[str]) -> list[str]:
     return [line for line in done.stderr.splitlines() if "CONSOLE" in line or "Uncaught" in line]
 
 
+@pytest.mark.scale
 @in_browser
 @pytest.mark.parametrize("name", ["ablation, hostile", "ablation, factorial", "sweep, hostile", "sweep, usual"])
 def test_browser_reads_the_page_as_it_was_written(name: str, tmp_path: Path) -> None:

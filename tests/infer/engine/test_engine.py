@@ -70,6 +70,7 @@ def test_samples_of_a_request_are_those_that_generate_draws() -> None:
     assert len({reply.token_ids for reply in replies}) == 3
 
 
+@pytest.mark.scale
 @pytest.mark.parametrize("change", [{"prefill_chunk": 4}, {"steps_per_call": 1}, {"block_size": 16}])
 def test_how_the_work_is_cut_does_not_matter(change: dict[str, Any]) -> None:
     usual = serve(engine(), requests())
