@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from llmlab.nn.module import NoNumbers, merge, split
+from llmlab.nn.module import Params, merge, split
 
 
 def drawn(build: Callable[[], nnx.Module], seed: int = 0, *, std: float = 0.3) -> Any:
@@ -16,7 +16,16 @@ def drawn(build: Callable[[], nnx.Module], seed: int = 0, *, std: float = 0.3) -
 
     NumPy draws them: jax would compile its initialisers for every shape, which takes longer than most tests.
     """
-    graphdef, shapes = split(nnx.eval_shape(build))
+    return _filled(*split(nnx.eval_shape(build)), seed, std)
+
+
+def built(config: Any, seed: int = 0, *, std: float = 0.3) -> Any:
+    """The model of this config, drawn like that."""
+    graphdef, shapes, _ = config.abstract()
+    return _filled(graphdef, shapes, seed, std)
+
+
+def _filled(graphdef: nnx.GraphDef, shapes: Params, seed: int, std: float) -> Any:
     rng = np.random.default_rng(seed)
 
     def draw(path: Any, leaf: Any) -> jax.Array:
@@ -24,8 +33,3 @@ def drawn(build: Callable[[], nnx.Module], seed: int = 0, *, std: float = 0.3) -
         return jnp.asarray(1.0 + noise if str(path[-1].key) == "scale" else noise, leaf.dtype)
 
     return merge(graphdef, jax.tree_util.tree_map_with_path(draw, shapes))
-
-
-def built(config: Any, seed: int = 0, *, std: float = 0.3) -> Any:
-    """The model of this config, drawn like that."""
-    return drawn(lambda: config.build(NoNumbers(jax.random.key(0))), seed, std=std)

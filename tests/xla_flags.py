@@ -7,7 +7,7 @@ from importlib.metadata import version
 FAST: dict[str, str | bool] = {"xla_backend_optimization_level": "0"}
 # Tests that measure time or memory compile as users do (tests/optimised.py).
 OPTIMISED: dict[str, str | bool] = {"xla_backend_optimization_level": "3"}
-if version("jaxlib").startswith("0.10."):  # later ones do not know the flag, and XLA aborts over what it does not know
+if version("jaxlib").startswith("0.10."):  # flags come and go, and XLA aborts over what it does not know
     FAST["xla_cpu_use_fusion_emitters"] = "false"
     FAST["xla_cpu_parallel_codegen_split_count"] = "1"  # workers keep all cores busy without more threads in each
     OPTIMISED["xla_cpu_use_fusion_emitters"] = True

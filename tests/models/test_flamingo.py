@@ -49,7 +49,7 @@ def test_closed_gates_are_the_language_model_without_images():
     model = dataclasses.replace(TINY, additional_tokens=0).build(nnx.Rngs(params=0))
     plain = llama.llama(embed_dim=16, num_layers=4, num_heads=2, hidden_dim=20, vocab_size=20, epsilon=1e-6)
     graphdef, _, _ = plain.abstract()
-    params = split(model)[1]
+    own, params = split(model)
     layers = [params["stack"]["blocks"][str(i % 2)] for i in range(4)]
     parts = [
         {k: jax.tree.map(lambda x: x[i // 2], v) for k, v in layer.items() if k != "gated"}  # noqa: B023  called in this iteration
@@ -58,7 +58,6 @@ def test_closed_gates_are_the_language_model_without_images():
     stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *parts)
     text = {"embedding": params["embedding"], "final_norm": params["final_norm"], "head": params["head"]}
     ids = jnp.minimum(IDS, 19)
-    own = split(model)[0]
     ours = jax.jit(lambda params: merge(own, params)(ids, PIXELS).logits)(params)
     text |= {"stack": {"blocks": {"0": stacked}}}
     theirs = jax.jit(lambda params: merge(graphdef, params)(ids).logits)(text)
