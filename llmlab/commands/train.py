@@ -1,6 +1,7 @@
 """`llmlab train`: train the model of an experiment file, or go on where a run of it was cut short."""
 
 import argparse
+import os
 import shlex
 import sys
 import time
@@ -54,10 +55,14 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _started(arguments: argparse.Namespace) -> bool:
-    """Sets the compiler's flags and joins the cluster, where there is one; False, and why, where that failed."""
+    """Sets the compiler's flags and the allocator, and joins the cluster, where there is one; False, and why, where
+    that failed."""
     from llmlab.sharding import cluster, xla_flags
+    from llmlab.training import host_memory
 
     xla_flags.apply(arguments.xla_flags)
+    if xla_flags.expected_platform(os.environ) == "cpu":
+        host_memory.keep(os.environ)
     try:
         cluster.join(
             coordinator=arguments.coordinator,
