@@ -3,8 +3,8 @@
 Claim    The machinery of meshes costs one device less than 2% of a step.
 Command  python experiments/benchmarks/mesh.py
 Cost     2 minutes on 2 CPU cores
-Result   holds: nothing measurable. Eight simulated devices take 1.1 to 1.3 times one device's time at this shape, by
-         the processor, and 1.0 with an allocator that keeps memory: results/mesh_cpu.md
+Result   holds: nothing measurable. Eight simulated devices take 0.97 to 1.12 times one device's time at this shape on
+         an AMD EPYC, and 1.2 to 1.3 on Sapphire Rapids, where memory was not kept yet: results/mesh_cpu.md
 
 Programs of the same step take turns, in another order each time, in one process that has eight simulated CPU devices
 (the cores are the same for all of them):
@@ -16,7 +16,8 @@ Programs of the same step take turns, in another order each time, in one process
     shares     the same of an eighth of the rows on each device, nothing summed: what the model itself costs there
 
 The shape is that of train_step.py: GPT-2, 6 layers, width 384, 6 heads, vocabulary 8,192, 8 rows of 256 tokens, float32
-AdamW. Ratios are of medians. --mesh changes the third program: --mesh data=1,fsdp=4,tensor=2.
+AdamW. Memory that a step frees is kept, as `llmlab train` has it on a CPU; with GLIBC_TUNABLES= before the command,
+malloc stays as it is. Ratios are of medians. --mesh changes the third program: --mesh data=1,fsdp=4,tensor=2.
 """
 
 import argparse
@@ -49,7 +50,9 @@ def main() -> None:
     import jax
 
     from llmlab.sharding import Mesh
+    from llmlab.training import host_memory
 
+    host_memory.keep(os.environ)
     axes: dict[str, Any] = {name: int(size) for name, size in (part.split("=") for part in args.mesh.split(","))}
     many = Mesh(**{"data": 1, **axes})
     programs = {

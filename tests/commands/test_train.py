@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from llmlab.cli import main
+from llmlab.training import host_memory
 from llmlab.training.checkpoint import saved_steps
 
 EXPERIMENT = """
@@ -97,6 +98,13 @@ def test_a_loss_that_is_not_finite_is_a_failure(directory: Path, capsys: pytest.
     flags = ["--optimizer.peak-lr", "1e38", "--train.steps", "100"]
     assert main(["train", "tiny.py", "--quiet", *flags]) == 1
     assert "try a lower peak learning rate" in capsys.readouterr().err.lower()
+
+
+def test_on_a_cpu_malloc_is_told_to_keep_what_a_step_frees(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(host_memory, "keep", asked.append)
+    assert main(["train", "tiny.py", "--quiet", "--train.steps", "2"]) == 0
+    assert asked == [os.environ]
 
 
 def test_users_errors_come_before_any_work(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
