@@ -3,12 +3,12 @@
 A step on a CPU allocates its activations and temporary arrays anew and frees them at its end, hundreds of megabytes of
 them. glibc's malloc gives blocks of that size back to the system at once, which clears every page of them when the
 next step asks: 165,000 page faults and a tenth of the time in a step of GPT-2 with 14 million parameters on two cores,
-and more on simulated devices, which have their arrays each (experiments/benchmarks/results/mesh_cpu.md).
+more on simulated devices, which have their arrays each (experiments/benchmarks/results/mesh_cpu.md).
 
 The price is that the process stays as large as it ever was, and that all threads allocate from one arena: of the
-others, glibc returns what is free whatever it is told, so that without this part nothing is gained. XLA's arrays are few
-and large, each thread has a cache of small blocks, and Python's own small objects do not go through malloc; compiling
-took no longer. All of this was measured on two cores.
+others, glibc returns what is free whatever it is told, so that without this part nothing is gained. XLA's arrays are
+few and large, each thread has a cache of small blocks, and Python's own small objects do not go through malloc;
+compiling took no longer. All of this was measured on two cores of one processor.
 """
 
 import ctypes
