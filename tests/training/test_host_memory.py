@@ -49,12 +49,10 @@ def told_and_faults(*, keep: bool) -> tuple[str, int]:
 
 @glibc
 def test_a_step_takes_the_memory_of_the_one_before() -> None:
-    pages = 3 * 2**26 // os.sysconf("SC_PAGE_SIZE")  # of one array in each of three steps
     told, kept = told_and_faults(keep=True)
     _, returned = told_and_faults(keep=False)
     assert told == "True"
-    assert kept < pages / 100
-    assert returned > 10 * kept
+    assert returned > 10 * kept  # kept, a few of Python's own
 
 
 @glibc
