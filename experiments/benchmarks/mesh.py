@@ -1,29 +1,35 @@
 """What does the mesh cost?
 
-Claim    The machinery of meshes costs one device less than 2% of a step.
+Claims   The machinery of meshes costs one device less than 2% of a step; eight simulated devices on the same cores add
+         no more than 10% to one device's time for the same work.
 Command  python experiments/benchmarks/mesh.py
-Cost     2 minutes on 2 CPU cores
-Result   holds: nothing measurable. Eight simulated devices take 0.97 to 1.12 times one device's time at this shape on
-         an AMD EPYC, and 1.2 to 1.3 on Sapphire Rapids, where memory was not kept yet: results/mesh_cpu.md
+Cost     7 minutes on 2 CPU cores
+Result   both hold on 2 cores of an AMD EPYC: 1.01 (0.98 to 1.07), and 1.02 (0.96 to 1.06) with fsdp=8; data=8, whose
+         devices do more work, 1.10 (1.02 to 1.15). On Sapphire Rapids, where memory was not kept yet, eight devices
+         took 1.2 to 1.3 times one device's time (results/mesh_cpu.md)
 
 Programs of the same step take turns, in another order each time, in one process that has eight simulated CPU devices
 (the cores are the same for all of them):
 
     plain      no mesh at all: nothing is placed, nothing constrained
     one        a mesh of one device, as `llmlab train` has it on a laptop
-    eight      data=8: every device has an eighth of the rows, and gradients are summed over them
+    fsdp=8     every device has an eighth of the rows and of the training state (ZeRO-3)
+    data=8     every device has an eighth of the rows and all of the state, so that the update is computed eight times
     gradient   loss and gradient alone, on one device
     shares     the same of an eighth of the rows on each device, nothing summed: what the model itself costs there
 
 The shape is that of train_step.py: GPT-2, 6 layers, width 384, 6 heads, vocabulary 8,192, 8 rows of 256 tokens, float32
 AdamW. Memory that a step frees is kept, as `llmlab train` has it on a CPU; with GLIBC_TUNABLES= before the command,
-malloc stays as it is. Ratios are of medians. --mesh changes the third program: --mesh data=1,fsdp=4,tensor=2.
+malloc stays as it is. A ratio is the geometric mean over turns with its 95% interval (BCa bootstrap); "processor" is
+the same of the seconds that the cores worked, which other guests of the machine hardly touch. --mesh takes the place of
+the two meshes: --mesh fsdp=4,tensor=2.
 """
 
 import argparse
 import json
 import os
 import random
+import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -35,9 +41,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in {"layers": 6, "dim": 384, "heads": 6, "vocab": 8192, "seq": 256, "batch": 8}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--rounds", type=int, default=15, help="steps of each program (15)")
+    parser.add_argument("--rounds", type=int, default=30, help="steps of each program (30)")
     parser.add_argument("--accumulation", type=int, default=1, help="parts of the batch, which a pipeline needs (1)")
-    parser.add_argument("--mesh", default="data=8", help="axes of the third program (data=8)")
+    parser.add_argument("--mesh", action="append", help="axes of a mesh of up to eight devices; may be given again")
     parser.add_argument("--json", action="store_true", help="print a JSON line alone")
     return parser.parse_args()
 
@@ -53,34 +59,51 @@ def main() -> None:
     from llmlab.training import host_memory
 
     host_memory.keep(os.environ)
-    axes: dict[str, Any] = {name: int(size) for name, size in (part.split("=") for part in args.mesh.split(","))}
-    many = Mesh(**{"data": 1, **axes})
-    programs = {
-        "plain": plain(args),
-        "one": on_mesh(args, Mesh().build(jax.devices()[:1])),
-        "eight": on_mesh(args, many.build(jax.devices()[: many.num_devices])),
-        "gradient": gradients(args, 1),
-        "shares": gradients(args, 8),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in programs}
-    order, shuffler = list(programs), random.Random(0)
-    for number in range(args.rounds + 2):
-        shuffler.shuffle(order)  # what ran before leaves caches and memory behind
-        for name in order:
-            step = programs[name]
-            start = time.perf_counter()
-            step()
-            if number >= 2:  # the first ones compile and warm the caches
-                seconds[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    programs = {"plain": plain(args), "one": on_mesh(args, Mesh().build(jax.devices()[:1]))}
+    for axes in args.mesh or ["fsdp=8", "data=8"]:
+        sizes: dict[str, Any] = {name: int(size) for name, size in (part.split("=") for part in axes.split(","))}
+        many = Mesh(**{"data": 1, **sizes})
+        programs[axes] = on_mesh(args, many.build(jax.devices()[: many.num_devices]))
+    programs |= {"gradient": gradients(args, 1), "shares": gradients(args, 8)}
+
+    wall, processor = measure(programs, args.rounds)
+    pairs = dict.fromkeys(programs, "one") | {"one": "plain", "shares": "gradient"}
+    del pairs["plain"], pairs["gradient"]
     result = {
-        "milliseconds": {name: round(1e3 * value, 1) for name, value in medians.items()},
-        "fastest": {name: round(1e3 * min(values), 1) for name, values in seconds.items()},
-        "one / plain": round(medians["one"] / medians["plain"], 3),
-        f"{args.mesh} / one": round(medians["eight"] / medians["one"], 3),
-        "shares / gradient": round(medians["shares"] / medians["gradient"], 3),
+        "milliseconds": {name: round(1e3 * statistics.median(values), 1) for name, values in wall.items()},
+        "fastest": {name: round(1e3 * min(values), 1) for name, values in wall.items()},
+        **{f"{name} / {base}": ratio(wall[name], wall[base]) for name, base in pairs.items()},
+        "processor": {f"{name} / {base}": ratio(processor[name], processor[base]) for name, base in pairs.items()},
     }
     print(json.dumps(result) if args.json else "\n".join(f"{name:16} {value}" for name, value in result.items()))
+
+
+def measure(programs: dict[str, Callable[[], None]], rounds: int) -> tuple[dict[str, list[float]], ...]:
+    """Seconds of the clock and of the cores, of each program's steps."""
+    wall: dict[str, list[float]] = {name: [] for name in programs}
+    processor: dict[str, list[float]] = {name: [] for name in programs}
+    order, shuffler = list(programs), random.Random(0)
+    for number in range(rounds + 2):
+        shuffler.shuffle(order)  # what ran before leaves caches and memory behind
+        for name in order:
+            start, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)
+            programs[name]()
+            seconds, now = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF)
+            if number >= 2:  # the first ones compile and warm the caches
+                wall[name].append(seconds)
+                processor[name].append(now.ru_utime - used.ru_utime + now.ru_stime - used.ru_stime)
+    return wall, processor
+
+
+def ratio(values: list[float], base: list[float]) -> dict[str, Any]:
+    """The geometric mean of the turns' ratios, and its 95% interval where there are several."""
+    import numpy as np
+
+    from llmlab.study.paired import bca_interval
+
+    logs = np.log(values) - np.log(base)
+    interval = [round(float(np.exp(bound)), 3) for bound in bca_interval(logs)] if len(values) > 1 else None
+    return {"ratio": round(float(np.exp(logs.mean())), 3), "interval": interval}
 
 
 def model_and_batch(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
