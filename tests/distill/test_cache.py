@@ -22,6 +22,7 @@ from llmlab.distill.writing import write_cache
 from llmlab.nn.module import split
 from llmlab.objectives import Classification, NextToken
 from tests.distill.conftest import TEACHER
+from tests.selection import at_scale_but
 
 VOCABULARY = 384
 
@@ -51,7 +52,7 @@ def test_training_from_a_cache_of_whole_distributions_equals_training_with_the_t
     np.testing.assert_allclose(cached.summary["validation/loss"], live.summary["validation/loss"], rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["top-k", "sampled"])
+@pytest.mark.parametrize("kind", at_scale_but(("top-k",), ["top-k", "sampled"]))
 def test_what_is_kept_of_a_row_is_what_the_teacher_says_of_it(
     kind: Any, teacher: str, experiment_of: Any, batch: Any, tmp_path: Path
 ) -> None:

@@ -112,6 +112,7 @@ def test_beam_search_finds_targets_that_the_teacher_finds_more_probable(files: P
     assert max(gains) > 0.0
 
 
+@pytest.mark.scale
 def test_texts_are_written_once_and_an_interrupted_writer_goes_on(
     files: Path, translator: str, monkeypatch: Any
 ) -> None:

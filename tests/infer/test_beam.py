@@ -10,6 +10,7 @@ import pytest
 from llmlab.infer.beam import _search, beam_search
 from llmlab.infer.greedy import greedy
 from tests.infer.random_models import log_softmax, next_log_probabilities, programs, randomised, tiny, whole
+from tests.selection import at_scale_but
 
 PROMPTS = [[5, 9, 2, 7], [3], [11, 4, 6, 8, 12, 2, 13]]
 ENDS = [1, 4, 13]
@@ -120,7 +121,7 @@ RULES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("family", ["llama", "bart"])
+@pytest.mark.parametrize("family", at_scale_but(("llama",), ["llama", "bart"]))
 def test_it_finds_what_a_literal_search_over_whole_forward_passes_finds(family):
     model = randomised(tiny(family), scale=0.7)
     decodes = family == "llama"

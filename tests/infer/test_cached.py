@@ -40,6 +40,7 @@ from llmlab.nn.module import Params, merge
 from llmlab.nn.perceiver import Resampler
 from llmlab.nn.wiring import Sandwich
 from tests.drawing import built
+from tests.selection import at_scale_but
 
 VOCAB, IMAGE = 17, 16
 SIZES: dict[str, Any] = {"embed_dim": 16, "num_layers": 2, "num_heads": 4, "vocab_size": VOCAB}
@@ -199,6 +200,12 @@ CASES: dict[str, Case] = {
     ),
 }
 
+KINDS = (
+    *("GPT-2", "Llama", "Mistral", "GLM, two positions", "BLOOM", "Performer", "Reformer", "XLNet"),
+    *("T5", "BART", "PaliGemma", "Flamingo"),
+)
+"""One of every kind of cache and of positions; the others have other blocks and heads around them."""
+
 
 def prepared(case: Case) -> tuple[Steps, Params]:
     """The model with all parameters far from their initial values: gates are open, attention is not uniform."""
@@ -230,7 +237,7 @@ def decoded(
     return steps.project(params, states), steps.project(params, after_SBD.swapaxes(0, 1)), state
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", at_scale_but(KINDS, CASES))
 def test_decoding_gives_the_logits_of_the_whole_forward_pass(name: str) -> None:
     case = CASES[name]
     steps, params = prepared(case)

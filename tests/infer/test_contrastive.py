@@ -9,6 +9,7 @@ import pytest
 from llmlab.infer.contrastive import contrastive_search
 from llmlab.infer.greedy import greedy
 from tests.infer.random_models import log_softmax, randomised, tiny, whole
+from tests.selection import at_scale_but
 
 PROMPTS = [[5, 9, 2, 7], [3], [11, 4, 6, 8, 12, 2, 13]]
 LENGTH = 8
@@ -35,7 +36,7 @@ def literal(run: Any, given: Sequence[int], banned: int, top_k: int, alpha: floa
     return text[len(given) :]
 
 
-@pytest.mark.parametrize("family", ["llama", "t5"])
+@pytest.mark.parametrize("family", at_scale_but(("llama",), ["llama", "t5"]))
 def test_it_writes_what_the_equation_says(family):
     model = randomised(tiny(family), scale=0.8)
     decodes = family == "llama"

@@ -15,6 +15,7 @@ from llmlab.nn.module import merge, split
 from llmlab.nn.stack import Execution
 from tests.models.comparison import assert_equals_reference, assert_same_weights
 from tests.models.references import FIXTURES
+from tests.selection import at_scale_but
 
 CASES = sorted(path.name for path in FIXTURES.iterdir())
 PRESETS = {(family.name, name): (family, config) for family in FAMILIES for name, config in family.presets.items()}
@@ -27,7 +28,6 @@ def model_type(case: str) -> str:
 
 PLAIN = [case for case in CASES if "-" not in case or case.endswith("-masked")]
 """One of every family. The others are the same classes with another head or flag; they take long and are `scale`'s."""
-VARIANTS = [case for case in CASES if case not in PLAIN]
 
 
 def executed(model: Any, execution: Execution) -> Any:
@@ -36,7 +36,7 @@ def executed(model: Any, execution: Execution) -> Any:
     return merge(graphdef, split(model)[1])
 
 
-@pytest.mark.parametrize("case", [*PLAIN, *(pytest.param(case, marks=pytest.mark.scale) for case in VARIANTS)])
+@pytest.mark.parametrize("case", at_scale_but(PLAIN, CASES))
 def test_outputs_and_gradients_equal_those_of_transformers(case):
     assert_equals_reference(
         load_hf(FIXTURES / case), load_file(FIXTURES / case / "reference.safetensors"), model_type(case)
@@ -50,7 +50,7 @@ def test_either_way_to_apply_the_stack_equals_transformers(case, mode):
     assert_equals_reference(model, load_file(FIXTURES / case / "reference.safetensors"), model_type(case))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", at_scale_but(PLAIN, CASES))
 def test_export_then_import_is_exact_and_writes_the_tensors_that_transformers_wrote(case, tmp_path):
     model = load_hf(FIXTURES / case)
     again = load_hf(save_hf(model, tmp_path / "out"))

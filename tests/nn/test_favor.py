@@ -147,6 +147,7 @@ def test_the_estimate_of_the_kernel_is_unbiased():
         assert error < 0.02 * drawn.mean()  # and the bound says something
 
 
+@pytest.mark.scale
 def test_the_error_falls_as_one_over_the_square_root_of_the_number_of_features():
     x, y = 0.6 * normal(0, 8), 0.6 * normal(100, 8)
     exact = math.exp(x @ y / math.sqrt(8))

@@ -14,6 +14,7 @@ from llmlab.nn.moe.grouped import grouped_mlp
 from llmlab.nn.moe.mlp import Draw, Hidden, Matrices
 from llmlab.plan.cost import count
 from tests import tpu_compiler
+from tests.selection import at_scale_but
 
 NAMES = ("dense", "blocked", "megablox")
 DIM, WIDTH = 16, 12
@@ -106,7 +107,7 @@ def expected(
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("sizes", at_scale_but(("mixed", "few, and rows beyond", "none"), SIZES))
 def test_every_row_meets_the_matrices_of_its_expert(name: str, sizes: str) -> None:
     hidden, arrays = problem(*SIZES[sizes], gated=True, bias=False)
     for ours, exact in zip(solve(name, hidden, *arrays), expected(hidden, *arrays), strict=True):

@@ -19,6 +19,7 @@ from llmlab.nn.norms import LayerNorm
 from llmlab.nn.reversible import Reversible, ReversibleStack
 from llmlab.nn.stack import Execution, Stack
 from tests.optimised import compiled
+from tests.selection import at_scale_but
 
 DIM, LENGTH, ROWS = 8, 24, 2
 
@@ -66,7 +67,7 @@ def inputs() -> tuple[jax.Array, jax.Array]:
     return jnp.float32(x), jnp.float32(direction)
 
 
-@pytest.mark.parametrize("mode", ["scan", "unroll"])
+@pytest.mark.parametrize("mode", at_scale_but(("scan",), ["scan", "unroll"]))
 @pytest.mark.parametrize("num_layers", [5, 1])
 def test_output_and_gradients_are_those_of_the_plain_layers(num_layers, mode):
     graphdef, state = nnx.split(stack(num_layers, mode))

@@ -107,6 +107,7 @@ def test_rate_times_weight_decay_is_that_of_the_base_model(optimizer: Optimizer)
     assert float(jnp.abs(decayed[0]["up"]["kernel"]).max()) > 0
 
 
+@pytest.mark.scale
 @pytest.mark.parametrize(("kind", "name"), [(Adam, "adam"), (LAMB, "lamb")])
 def test_epsilon_shrinks_with_the_gradients(kind: type[Adam], name: str) -> None:
     """A model four times as wide has gradients a quarter as large: its directions are the base model's."""

@@ -10,6 +10,7 @@ import pytest
 
 from llmlab.study import report
 from llmlab.study.report import ablation
+from tests.selection import at_scale_but
 from tests.study import synthetic_results
 from tests.study.reading import MINUS, Node, agrees, markdown_tables, numbers_in, parse, table
 
@@ -73,7 +74,7 @@ def test_without_measures_there_is_no_section_for_them(page: Node) -> None:
     assert [node for node in page.walk() if node.attributes.get("id") == "measures"] == []
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=at_scale_but(("three", "hostile", "factorial"), CASES))
 def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
     """(results, the folder of their report)"""
     results = copy.deepcopy(CASES[request.param])

@@ -92,6 +92,7 @@ def read(folder: str = "studies/file-sweep") -> dict[str, Any]:
     return json.loads(Path(folder, "results.json").read_text())
 
 
+@pytest.mark.scale
 def test_a_grid_is_planned_run_and_found_again(make: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
     make(GRID)
     assert main(["sweep", "file.py", "--dry-run"]) == 0

@@ -28,6 +28,7 @@ from tests.infer.engine.tiny import (
     serve,
     tokenizer,
 )
+from tests.selection import at_scale_but
 
 LENGTHS = (1, 7, 16, 17, 33, 4)
 SAMPLED = Sampling(temperature=0.8, top_k=40, top_p=0.9, seed=3)
@@ -48,7 +49,7 @@ def requests(sampling: Sampling = GREEDY, new: int = 9, **more: Any) -> list[Req
     ]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", at_scale_but(("llama", "windowed"), CONFIGS))
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_the_engine_writes_what_generate_writes(name: str, sampling: Sampling) -> None:
     texts = ["", "a", "hello there", "The quick brown fox jumps over", "x" * 40]
