@@ -32,6 +32,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 
 import jax  # noqa: E402  the variables above must be set first
+import jax.monitoring  # noqa: E402  the same
 import jax.tree_util  # noqa: E402  the same
 
 
@@ -78,12 +79,29 @@ def llmlab_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         os.environ["LLMLAB_CACHE"] = previous
 
 
-@pytest.fixture(autouse=True, scope="module")
+class _Programs:
+    """Programs that were compiled or read since the mappings were last counted."""
+
+    new = 0
+
+    @classmethod
+    def listen(cls, event: str, duration_secs: float, **_: str | int) -> None:
+        """Called by jax."""
+        cls.new += event == "/jax/core/compile/backend_compile_duration"
+
+
+jax.monitoring.register_event_duration_secs_listener(_Programs.listen)
+
+
+@pytest.fixture(autouse=True)
 def _few_mappings() -> Iterator[None]:
     """Forgets compiled programs before a worker has as many memory mappings as Linux allows a process (65,530): each
-    program is a few, a worker meets ten thousand programs, and XLA crashes where it gets no more."""
+    program is a few, a worker meets ten thousand programs, and XLA crashes where it gets no more. Rarely, for it takes
+    seconds, and what is needed again must be compiled again."""
     yield
-    mappings = Path("/proc/self/maps")
-    if mappings.exists() and len(mappings.read_bytes().splitlines()) > 20_000:
-        jax.clear_caches()
-        gc.collect()
+    if _Programs.new > 1000:
+        _Programs.new = 0
+        mappings = Path("/proc/self/maps")
+        if mappings.exists() and len(mappings.read_bytes().splitlines()) > 40_000:
+            jax.clear_caches()
+            gc.collect()
