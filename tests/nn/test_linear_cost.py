@@ -1,5 +1,6 @@
 """Attention that claims to be linear in the length of the sequence is: FLOPs, memory and time, forward and backward."""
 
+import statistics
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -60,9 +61,10 @@ def test_cost_is_linear_in_the_length(name):
     analyses: list[Any] = [program.memory_analysis() for program, _, _ in programs]
     memory = [analysis.temp_size_in_bytes for analysis in analyses]
     assert memory[1] <= 2.2 * memory[0]
-    # The best of several runs, short and long in turn: others disturb caches, too.
-    times = [[seconds(*program) for program in programs] for _ in range(8)]
-    assert min(long for _, long in times) <= 2.6 * min(short for short, _ in times)
+    # Of neighbours in time, for others take the processor's caches and its clock, and the best of the short ones may
+    # have had a moment that no long one has. A quadratic cost would be 4.
+    times = [[seconds(*program) for program in programs] for _ in range(15)]
+    assert statistics.median(long / short for short, long in times) <= 2.6
 
 
 @pytest.mark.parametrize("name", MIXERS)
