@@ -96,7 +96,7 @@ jax.monitoring.register_event_duration_secs_listener(_Programs.listen)
 @pytest.fixture(autouse=True)
 def _few_mappings() -> Iterator[None]:
     """Forgets compiled programs before a worker has as many memory mappings as Linux allows a process (65,530): each
-    program is a few, a worker meets ten thousand programs, and XLA crashes where it gets no more. Rarely, for it takes
+    program is three, a worker meets ten thousand programs, and XLA crashes where it gets no more. Rarely, for it takes
     seconds, and what is needed again must be compiled again."""
     yield
     if _Programs.new > 1000:
