@@ -1,16 +1,17 @@
-"""Layers put together for decoding on accelerators.
+"""Layers laid out and put together for decoding.
 
 A step that decodes one token a row does little but read weights, so what counts is that they are read as they lie, and
 how many kernels are launched beside. On this occasion (see `llmlab.infer.unstacked`)
 
-    matrices of one input   become one matrix: query, key, value; gate, up. Two launches a layer instead of five, and
-                            the small matrices of few key/value heads are read with the large one
-    every matrix            is laid out with the inputs of an output side by side, (outputs, inputs): each output is a
-                            sum along memory. Of (heads, head_dim, embed) XLA makes a product in memory and its sum
-    on GPUs                 attention over the cache and RMSNorm are one kernel each (`llmlab.nn.kernels.decoding`)
+    every matrix       is laid out with the inputs of an output side by side, (outputs, inputs): each output is a sum
+                       along memory. Of (heads, head_dim, embed) XLA makes on a GPU a product in memory and its sum, and
+                       on a CPU it repacks (inputs, outputs) in every step of several rows (`contract_rows`)
+    on accelerators    matrices of one input become one: query, key, value; gate, up. Two launches a layer instead of
+                       five, and the small matrices of few key/value heads are read with the large one. On CPUs
+                       products run side by side, on a core each, and are left apart
+    on GPUs            attention over the cache and RMSNorm are one kernel each (`llmlab.nn.kernels.decoding`)
 
-The result is the same but for the order of sums. On CPU matmuls run side by side, on a core each, and read their
-matrices either way as fast: nothing of this is done.
+The result is the same but for the order of sums.
 """
 
 import math
@@ -24,16 +25,17 @@ from jaxtyping import Array, Float
 from llmlab.nn.attention import AttentionLayer
 from llmlab.nn.cache import KVCache
 from llmlab.nn.config import Auxiliary, Cache, Context
-from llmlab.nn.dense import Dense
+from llmlab.nn.dense import Dense, contract_rows
 from llmlab.nn.dropout import dropout
 from llmlab.nn.feed_forward import ACTIVATIONS, GatedMLPLayer
 from llmlab.nn.kernels.decoding import attend_one, attend_one_lacks, rms_norm
 from llmlab.nn.masks import Causal
+from llmlab.nn.moe.layer import MixtureOfExpertsLayer
 from llmlab.nn.norms import RMSNormLayer
 
 
-class JoinedDense(nnx.Module):
-    """Dense layers of one input, by one matmul.
+class _Rows(nnx.Module):
+    """The matrix of dense layers of one input, with the weights of an output as a row.
 
     Args:
         layers: all contract as many dimensions, and their outputs differ in the first dimension only.
@@ -42,19 +44,38 @@ class JoinedDense(nnx.Module):
     def __init__(self, *layers: Dense) -> None:
         self.num_inputs = layers[0].num_inputs
         self.outputs = tuple(layer.kernel.shape[self.num_inputs :] for layer in layers)
-        rows = [_rows(layer.kernel[...], math.prod(shape)) for layer, shape in zip(layers, self.outputs, strict=True)]
+        rows = [_by_output(layer.kernel[...], math.prod(shape)) for layer, shape in zip(layers, self.outputs, strict=True)]
         self.kernel = nnx.Param(jnp.concatenate(rows))
         biases = [layer.bias[...].reshape(-1) for layer in layers if layer.bias is not None]
         self.bias = nnx.Param(jnp.concatenate(biases)) if biases else None
 
-    def __call__(self, x: Float[Array, "..."]) -> list[Float[Array, "..."]]:
+    def product(self, x: Float[Array, "..."]) -> Float[Array, "*B F"]:
+        """The outputs of all layers, side by side."""
         batch = x.shape[: x.ndim - self.num_inputs]
-        x_BD = x.reshape(math.prod(batch), -1)
-        y_BF = jax.lax.dot_general(x_BD, self.kernel[...], (((1,), (1,)), ((), ())))
+        y_BF = contract_rows(x.reshape(math.prod(batch), -1), self.kernel[...])
         y_BF = y_BF if self.bias is None else y_BF + self.bias[...]
+        return y_BF.reshape(*batch, -1)
+
+
+class RowsDense(_Rows):
+    """One dense layer."""
+
+    def __init__(self, layer: Dense) -> None:
+        super().__init__(layer)
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        y = self.product(x)
+        return y.reshape(*y.shape[:-1], *self.outputs[0])
+
+
+class JoinedDense(_Rows):
+    """Dense layers of one input, by one matmul."""
+
+    def __call__(self, x: Float[Array, "..."]) -> list[Float[Array, "..."]]:
+        y = self.product(x)
         ends = [sum(math.prod(shape) for shape in self.outputs[: i + 1]) for i in range(len(self.outputs) - 1)]
-        parts = jnp.split(y_BF, ends, axis=1)
-        return [part.reshape(*batch, *shape) for part, shape in zip(parts, self.outputs, strict=True)]
+        parts = jnp.split(y, ends, axis=-1)
+        return [part.reshape(*y.shape[:-1], *shape) for part, shape in zip(parts, self.outputs, strict=True)]
 
 
 class JoinedAttention(AttentionLayer):
@@ -67,7 +88,7 @@ class JoinedAttention(AttentionLayer):
 
     def __init__(self, layer: AttentionLayer, one_kernel: bool) -> None:
         self.config, self.scale, self.one_kernel = layer.config, layer.scale, one_kernel
-        self.joined, self.last = JoinedDense(layer.query, layer.key, layer.value), JoinedDense(layer.output)
+        self.joined, self.last = JoinedDense(layer.query, layer.key, layer.value), RowsDense(layer.output)
         self.norm_query, self.norm_key = layer.norm_query, layer.norm_key
         self.rotation, self.relative = layer.rotation, layer.relative
 
@@ -102,7 +123,7 @@ class JoinedAttention(AttentionLayer):
 
     def output(self, o_BSNH: Float[Array, "B S N H"]) -> Float[Array, "B S D"]:
         """Back to the residual stream."""
-        return self.last(o_BSNH)[0]
+        return self.last(o_BSNH)
 
     def _in_one_kernel(self, x_BSD: jax.Array, context: Context) -> bool:
         mask, bias = self.restrictions(context)
@@ -116,14 +137,14 @@ class JoinedGatedMLP(nnx.Module):
 
     def __init__(self, layer: GatedMLPLayer) -> None:
         self.activation, self.dropout = layer.activation, layer.dropout
-        self.joined, self.down = JoinedDense(layer.gate, layer.up), JoinedDense(layer.down)
+        self.joined, self.down = JoinedDense(layer.gate, layer.up), RowsDense(layer.down)
 
     def __call__(
         self, x_BSD: Float[Array, "B S D"], context: Context | None = None, key: jax.Array | None = None
     ) -> tuple[Float[Array, "B S D"], Auxiliary]:
         gate_BSF, up_BSF = self.joined(x_BSD)
         hidden_BSF = dropout(ACTIVATIONS[self.activation](gate_BSF) * up_BSF, self.dropout, key)
-        return self.down(hidden_BSF)[0], {}
+        return self.down(hidden_BSF), {}
 
 
 class OneKernelRMSNorm(nnx.Module):
@@ -149,6 +170,15 @@ def join(model: Any, *, one_kernel: bool) -> None:
                 setattr(module, name, OneKernelRMSNorm(child))
 
 
+def lay_out(model: Any) -> None:
+    """Put layers that are laid out in the place of a model's dense layers, each by itself. What is more than a dense
+    layer stays as it is, and so does a router, whose matrix is read in float32."""
+    for module in [module for _, module in nnx.iter_modules(model)]:
+        for name, child in list(vars(module).items()):
+            if _plain(child) and not isinstance(module, MixtureOfExpertsLayer):
+                setattr(module, name, RowsDense(child))
+
+
 def _alike(*layers: Any) -> bool:
     """Whether layers can be joined: plain ones, all with a bias or none."""
     return all(_plain(layer) for layer in layers) and len({layer.bias is None for layer in layers}) == 1
@@ -158,6 +188,6 @@ def _plain(layer: Any) -> bool:
     return type(layer) is Dense
 
 
-def _rows(kernel: Float[Array, "..."], num_outputs: int) -> Float[Array, "F D"]:
+def _by_output(kernel: Float[Array, "..."], num_outputs: int) -> Float[Array, "F D"]:
     """The weights of each output as a row."""
     return kernel.reshape(-1, num_outputs).T

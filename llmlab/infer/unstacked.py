@@ -6,11 +6,11 @@ step that should read every weight once, and does little else, would read it twi
 the loop, once for a model, weights are read where they lie. With 17 million float32 parameters on 2 CPU cores that made
 a step of one row 2.6 times as fast.
 
-On accelerators, matrices are joined and laid out anew on this occasion (see `llmlab.infer.joined`).
+Matrices are laid out anew on this occasion, and on accelerators joined (see `llmlab.infer.joined`).
 
-The price is a second copy of the stacked weights for as long as the model lives. A model of which a second copy would
-take more than half of the memory that its device has left keeps its stacks, and so does one whose weights are spread
-over several devices.
+The price is a second copy of the stacked weights, on a CPU of every matrix, for as long as the model lives. A model of
+which a second copy would take more than half of the memory that its device has left keeps its stacks, and so does one
+whose weights are spread over several devices.
 """
 
 import weakref
@@ -21,7 +21,7 @@ import jax
 from flax import nnx
 from jax.core import Tracer
 
-from llmlab.infer.joined import join
+from llmlab.infer.joined import join, lay_out
 from llmlab.nn.kernels.decoding import lacks
 from llmlab.nn.module import Params, merge, split, unstack_axes
 from llmlab.nn.platform import platform
@@ -91,7 +91,9 @@ def _taken_apart(model: Any) -> Any:
 
 def laid_out(model: Any) -> Any:
     """The model, changed to how its matrices are best read on the platform that it is traced for."""
-    if platform() != "cpu":
+    if platform() == "cpu":
+        lay_out(model)
+    else:
         join(model, one_kernel=platform() == "gpu" and lacks() is None)
     return model
 

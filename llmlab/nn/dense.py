@@ -20,6 +20,8 @@ from llmlab.nn.platform import platform
 Dims = tuple[tuple[str, int], ...]
 """Logical name and size of each dimension."""
 
+_FEW_ROWS = 64
+
 
 class Dense(nnx.Module):
     """y = x W + b.
@@ -58,6 +60,22 @@ def contract(x: Float[Array, "..."], kernel: Float[Array, "..."], num_inputs: in
         size = math.prod(x.shape[x.ndim - num_inputs :])
         return _matmul_2d(x.reshape(-1, size), kernel.reshape(size, -1)).reshape(*batch, *outputs)
     return jnp.tensordot(x, kernel, axes=num_inputs)
+
+
+def contract_rows(x: Float[Array, "*B D"], kernel_FD: Float[Array, "F D"]) -> Float[Array, "*B F"]:
+    """Contract the last dimension of x with that of a matrix whose rows are the weights of an output each.
+
+    The platform chooses the formulation here too. On CPU XLA's products repack their right operand at every call. Where
+    x has many rows that is little beside the product; where it has few, as in a step of decoding, it is a third of it,
+    and so the matrix becomes the left operand, which is read as it lies. 16 rows with the 17 million weights of a small
+    model took 7.3 ms instead of 9.3 on 2 CPU cores, 4 rows 5.0 instead of 6.4.
+    """
+    rows = math.prod(x.shape[:-1])
+    if platform() == "cpu" and 1 < rows <= _FEW_ROWS:
+        y_FB = jax.lax.dot_general(kernel_FD, x.reshape(rows, -1), (((1,), (1,)), ((), ())))
+        # The barrier: XLA makes of a transposed product the product of the operands the other way round.
+        return jax.lax.optimization_barrier(y_FB).T.reshape(*x.shape[:-1], -1)
+    return jnp.einsum("...D,FD->...F", x, kernel_FD)
 
 
 @jax.custom_vjp

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from llmlab.nn.dense import contract_rows
 from llmlab.nn.module import normal
 from llmlab.sharding import shard
 
@@ -41,7 +42,7 @@ class Embedding(nnx.Module):
 
     def attend(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Logits of a tied head: inner product with every row."""
-        return jnp.einsum("...D,VD->...V", x, self.table[...])
+        return contract_rows(x, self.table[...])
 
 
 class SegmentEmbedding(nnx.Module):

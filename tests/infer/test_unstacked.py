@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from llmlab.infer import unstacked as unstacked_module
 from llmlab.infer.cache import new_cache
-from llmlab.infer.joined import JoinedAttention
+from llmlab.infer.joined import JoinedAttention, RowsDense
 from llmlab.infer.unstacked import unstacked
 from llmlab.models import gemma, gpt2, llama, mixtral, palm, t5
 from llmlab.nn.module import merge, num_parameters, split
@@ -50,6 +50,7 @@ def test_it_computes_what_the_model_does(name: str, platform: str, monkeypatch: 
     assert num_parameters(params) == num_parameters(split(model)[1])
     attention = merge(graphdef, params).stack.remainder[0].mixer
     assert isinstance(attention, JoinedAttention) == (platform == "gpu")
+    assert isinstance(attention.last if platform == "gpu" else attention.output, RowsDense)
 
     def stepped(params: Any) -> jax.Array:
         """All but the last token, then that."""

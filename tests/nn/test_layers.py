@@ -1,6 +1,7 @@
 """Dense, norms, feed-forward and embedding against float64 NumPy."""
 
 import math
+import re
 from functools import partial
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 from flax import nnx
 
 from llmlab.nn.attention import Attention
-from llmlab.nn.dense import Dense, contract
+from llmlab.nn.dense import Dense, contract, contract_rows
 from llmlab.nn.dropout import dropout
 from llmlab.nn.embedding import Embedding, SegmentEmbedding
 from llmlab.nn.feed_forward import MLP, GatedMLP
@@ -53,6 +54,25 @@ def test_dense_gradients_equal_those_of_tensordot():
     theirs = jax.grad(lambda x, k: jnp.sum(jnp.tensordot(x, k, axes=2) * dy), (0, 1))(x, kernel)
     for a, b in zip(ours, theirs, strict=True):
         assert_close(a, b)
+
+
+@pytest.mark.parametrize("shape", [(6,), (1, 6), (2, 6), (3, 5, 6), (65, 6)])
+def test_a_product_with_rows_of_outputs_and_its_gradients_are_those_of_the_transposed_matrix(shape):
+    x, kernel, dy = normal(1, *shape), normal(2, 7, 6), normal(3, *shape[:-1], 7)
+    assert_close(contract_rows(x, kernel), f64(x) @ f64(kernel).T)
+    ours = jax.grad(lambda x, k: jnp.sum(contract_rows(x, k) * dy), (0, 1))(x, kernel)
+    theirs = jax.grad(lambda x, k: jnp.sum((x @ k.T) * dy), (0, 1))(x, kernel)
+    for a, b in zip(ours, theirs, strict=True):
+        assert_close(a, b)
+
+
+@pytest.mark.parametrize(("num_rows", "side"), [(1, 1), (8, 0), (64, 0), (65, 1)])
+def test_in_a_product_of_few_rows_on_cpu_the_matrix_is_the_operand_that_is_not_repacked(num_rows, side):
+    compiled = jax.jit(contract_rows).lower(normal(1, num_rows, 48), normal(2, 96, 48)).compile().as_text()
+    products = re.findall(r"= f32\[[\d,]+\]\S* dot\(%?([\w.-]+), %?([\w.-]+)\)", compiled)
+    assert len(products) == 1
+    (shape,) = re.findall(rf"%?{re.escape(products[0][side])} = f32\[([\d,]+)\]", compiled)
+    assert shape == "96,48"
 
 
 def test_dense_starts_with_variance_one_over_inputs():
