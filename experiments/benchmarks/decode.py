@@ -5,8 +5,8 @@ Claim    At batch 1 and at batch 16 at least 2.5 times the new tokens/s of trans
          billion parameters in bfloat16.
 Command  python experiments/benchmarks/decode.py --peer PATH/TO/torch_generate.py
          python experiments/benchmarks/decode.py --preset 1b --device gpu
-Result   on CPU at batch 1 and by the processor: 3.3 times on 2 EPYC cores without AVX-512 and 1.7 on 2 of Sapphire
-         Rapids; at batch 16 no, 1.6 and 1.1 (results/decode_cpu.md). On an H100 60% of the roofline, to within what two
+Result   on CPU at batch 1 and by the processor: 3.0 times on 2 EPYC cores without AVX-512 and 1.7 on 2 of Sapphire
+         Rapids; at batch 16 no, 1.8 and 1.1 (results/decode_cpu.md). On an H100 60% of the roofline, to within what two
          runs differ by (results/decode_gpu.md)
 Cost     5 minutes on 2 CPU cores with the peer; 3 minutes on a GPU, most of it compilation
 

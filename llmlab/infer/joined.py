@@ -44,8 +44,7 @@ class _Rows(nnx.Module):
     def __init__(self, *layers: Dense) -> None:
         self.num_inputs = layers[0].num_inputs
         self.outputs = tuple(layer.kernel.shape[self.num_inputs :] for layer in layers)
-        rows = [_by_output(layer.kernel[...], math.prod(shape)) for layer, shape in zip(layers, self.outputs, strict=True)]
-        self.kernel = nnx.Param(jnp.concatenate(rows))
+        self.kernel = nnx.Param(jnp.concatenate([_by_output(layer) for layer in layers]))
         biases = [layer.bias[...].reshape(-1) for layer in layers if layer.bias is not None]
         self.bias = nnx.Param(jnp.concatenate(biases)) if biases else None
 
@@ -188,6 +187,7 @@ def _plain(layer: Any) -> bool:
     return type(layer) is Dense
 
 
-def _by_output(kernel: Float[Array, "..."], num_outputs: int) -> Float[Array, "F D"]:
+def _by_output(layer: Dense) -> Float[Array, "F D"]:
     """The weights of each output as a row."""
-    return kernel.reshape(-1, num_outputs).T
+    kernel = layer.kernel[...]
+    return kernel.reshape(math.prod(kernel.shape[: layer.num_inputs]), -1).T
