@@ -43,20 +43,26 @@ def chunked_sums(
     Returns:
         Only "total" has a gradient.
     """
-    chunks = _in_chunks(hidden, project, arrays, chunk)
+    chunks = _in_chunks(hidden, arrays, chunk_length(hidden, project, chunk))
     # The head's parameters become arguments, so that a custom gradient can be given for them.
     pure_project, params = jax.closure_convert(project, chunks[0][0])
     shared = jax.lax.stop_gradient(shared)
     return _summed(pure_project, score, chunks, tuple(params), shared)
 
 
-def _in_chunks(hidden: jax.Array, project: Project, arrays: Any, chunk: int | None) -> tuple[jax.Array, Any]:
-    """All arrays with a leading dimension of chunks; chunk n holds the positions n, n + num, n + 2 num, ..., so that a
-    sequence that is split over devices gives every device an equal share of every chunk."""
+def chunk_length(hidden: Float[Array, "B S D"], project: Project, chunk: int | None) -> int:
+    """Positions of each row in every chunk, at most as many as are asked for: chunks are equal, but for padding."""
     batch_size, length = hidden.shape[:2]
     if chunk is None:
         vocab_size = jax.eval_shape(project, hidden[:, :1]).shape[-1]
         chunk = default_chunk(batch_size, vocab_size, jax.default_backend())
+    return math.ceil(length / math.ceil(length / chunk))
+
+
+def _in_chunks(hidden: jax.Array, arrays: Any, chunk: int) -> tuple[jax.Array, Any]:
+    """All arrays with a leading dimension of chunks; chunk n holds the positions n, n + num, n + 2 num, ..., so that a
+    sequence that is split over devices gives every device an equal share of every chunk."""
+    batch_size, length = hidden.shape[:2]
     num = math.ceil(length / chunk)
     padding = -length % num
 

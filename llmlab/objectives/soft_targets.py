@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from llmlab.objectives.base import LossParts
-from llmlab.objectives.chunks import Sums, chunked_sums
+from llmlab.objectives.chunks import Sums, chunk_length, chunked_sums
 from llmlab.objectives.cross_entropy import IGNORED, Project, cross_entropy, weights_of
 from llmlab.objectives.divergences import Divergence, ForwardKL
 
@@ -113,7 +113,9 @@ def soft_target_loss(
     arrays: dict[str, Any] = {"labels": jnp.where(labels == IGNORED, 0, labels), "weights": weights}
     shared: Any = ()
     if isinstance(teacher, LiveTeacher):
-        pure, params = jax.closure_convert(teacher.project, teacher.hidden[:, :1])
+        # Of the very shape that it will be called with: what is traced may hold for no other.
+        example = teacher.hidden[:, : chunk_length(hidden, project, chunk)]
+        pure, params = jax.closure_convert(teacher.project, example)
         arrays["teacher"], shared = teacher.hidden, tuple(params)
     else:
         pure = None

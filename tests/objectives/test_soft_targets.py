@@ -56,6 +56,19 @@ def test_chunks_equal_whole_logits_and_the_teacher_has_no_gradient(divergence: A
         assert not np.any(gradient[name])
 
 
+@pytest.mark.parametrize("chunk", [2, 3, None])
+def test_heads_may_flatten_their_positions(chunk: int | None) -> None:
+    """As a dense head does on a CPU: what is traced of it holds for one shape alone."""
+    a, mixing = arrays(), Mixing(temperature=2.0, hard=0.3)
+
+    def flat(head: str) -> Any:
+        return lambda h: (h.reshape(-1, h.shape[-1]) @ a[head]).reshape(*h.shape[:-1], -1)
+
+    teacher = LiveTeacher(hidden=a["teacher"], project=flat("teacher_head"))
+    got = soft_target_loss(a["hidden"], flat("head"), teacher, LABELS, WEIGHTS, mixing=mixing, chunk=chunk).total
+    np.testing.assert_allclose(got, whole(a, mixing), rtol=2e-5)
+
+
 def test_labels_are_mixed_in_as_defined() -> None:
     a, mixing = arrays(), Mixing(temperature=3.0, soft=0.6, hard=0.4)
     found = soft_target_loss(a["hidden"], lambda h: h @ a["head"], live(a), LABELS, WEIGHTS, mixing=mixing)
