@@ -29,7 +29,7 @@ from llmlab.models.config import Head, Tied
 from llmlab.models.losses import mean_binary_cross_entropy, mean_cross_entropy, mean_squared_error
 from llmlab.models.outputs import PreTrainingOutput, SequenceOutput, SpanOutput, TokenOutput
 from llmlab.nn.config import Auxiliary, Norm
-from llmlab.nn.dense import Dense
+from llmlab.nn.dense import Dense, contract_rows
 from llmlab.nn.dropout import check_rate, dropout, split_key
 from llmlab.nn.feed_forward import ACTIVATIONS, Activation
 from llmlab.nn.norms import LayerNorm
@@ -223,7 +223,7 @@ class MaskedLMHead(nnx.Module):
             logits = self.decoder(x)
         else:
             width = table_VE.shape[1]
-            logits = jnp.einsum("...E,VE->...V", x[..., :width], table_VE)
+            logits = contract_rows(x[..., :width], table_VE)
             if self.rest is not None:
                 logits = logits + self.rest(x[..., width:])
             logits = logits if self.scale == 1.0 else logits * self.scale
