@@ -69,6 +69,7 @@ def test_a_product_with_rows_of_outputs_and_its_gradients_are_those_of_the_trans
 @pytest.mark.parametrize(("num_rows", "side"), [(1, 1), (8, 0), (64, 0), (65, 1)])
 def test_in_a_product_of_few_rows_on_cpu_the_matrix_is_the_operand_that_is_not_repacked(num_rows, side):
     compiled = jax.jit(contract_rows).lower(normal(1, num_rows, 48), normal(2, 96, 48)).compile().as_text()
+    assert compiled is not None
     products = re.findall(r"= f32\[[\d,]+\]\S* dot\(%?([\w.-]+), %?([\w.-]+)\)", compiled)
     assert len(products) == 1
     (shape,) = re.findall(rf"%?{re.escape(products[0][side])} = f32\[([\d,]+)\]", compiled)
