@@ -44,9 +44,11 @@ class _Rows(nnx.Module):
     def __init__(self, *layers: Dense) -> None:
         self.num_inputs = layers[0].num_inputs
         self.outputs = tuple(layer.kernel.shape[self.num_inputs :] for layer in layers)
-        self.kernel = nnx.Param(jnp.concatenate([_by_output(layer) for layer in layers]))
+        names = layers[0].kernel.get_metadata("axes")
+        output = names[self.num_inputs] if len(layers) == 1 else None  # heads and their dimensions are split by heads
+        self.kernel = nnx.Param(jnp.concatenate([_by_output(layer) for layer in layers]), axes=(output, names[0]))
         biases = [layer.bias[...].reshape(-1) for layer in layers if layer.bias is not None]
-        self.bias = nnx.Param(jnp.concatenate(biases)) if biases else None
+        self.bias = nnx.Param(jnp.concatenate(biases), axes=(output,)) if biases else None
 
     def product(self, x: Float[Array, "..."]) -> Float[Array, "*B F"]:
         """The outputs of all layers, side by side."""
