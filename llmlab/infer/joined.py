@@ -61,9 +61,6 @@ class _Rows(nnx.Module):
 class RowsDense(_Rows):
     """One dense layer."""
 
-    def __init__(self, layer: Dense) -> None:
-        super().__init__(layer)
-
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         y = self.product(x)
         return y.reshape(*y.shape[:-1], *self.outputs[0])
@@ -171,7 +168,7 @@ def join(model: Any, *, one_kernel: bool) -> None:
                 setattr(module, name, OneKernelRMSNorm(child))
 
 
-def lay_out(model: Any) -> None:
+def lay_out_apart(model: Any) -> None:
     """Put layers that are laid out in the place of a model's dense layers, each by itself. What is more than a dense
     layer stays as it is, and so does a router, whose matrix is read in float32."""
     for module in [module for _, module in nnx.iter_modules(model)]:

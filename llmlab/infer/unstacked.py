@@ -21,7 +21,7 @@ import jax
 from flax import nnx
 from jax.core import Tracer
 
-from llmlab.infer.joined import join, lay_out
+from llmlab.infer.joined import join, lay_out_apart
 from llmlab.nn.kernels.decoding import lacks
 from llmlab.nn.module import Params, merge, split, unstack_axes
 from llmlab.nn.platform import platform
@@ -92,7 +92,7 @@ def _taken_apart(model: Any) -> Any:
 def laid_out(model: Any) -> Any:
     """The model, changed to how its matrices are best read on the platform that it is traced for."""
     if platform() == "cpu":
-        lay_out(model)
+        lay_out_apart(model)
     else:
         join(model, one_kernel=platform() == "gpu" and lacks() is None)
     return model

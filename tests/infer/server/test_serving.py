@@ -195,10 +195,11 @@ def test_layers_in_the_hosts_memory_answer_the_same_and_are_announced(
     assert "host's memory" not in capsys.readouterr().out
     assert cli_main([*command, "--offload-layers", "2"]) == 0
     assert "host        0.0 MiB of the weights, 2 layers, wait in the host's memory" in capsys.readouterr().out
-    (written, states), (offloaded, offloaded_states) = answers[:2], answers[2:]
+    written, [embedded], offloaded, [offloaded_embedded] = answers
     assert offloaded == written
     # of unit length; the model embeds with its matrices as they are, offloaded layers as they are laid out for decoding
-    np.testing.assert_allclose(offloaded_states[0]["embedding"], states[0]["embedding"], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(offloaded_embedded.pop("embedding"), embedded.pop("embedding"), rtol=0, atol=1e-6)
+    assert offloaded_embedded == embedded
 
 
 @pytest.mark.parametrize(
