@@ -25,7 +25,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
 # The allocator stays as it is in a process that measures memory in its next test (see llmlab.training.host_memory).
 os.environ.setdefault("GLIBC_TUNABLES", "")
-# Compiled programs are shared by all workers and by later runs of the suite; jax writes entries atomically.
+# Compiled programs are shared by all workers and by later runs of the suite.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPOSITORY / ".pytest_cache" / "jax"))
 # Small programs too: most of a test's compilations are of single operations, and other tests need the same ones.
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
