@@ -17,7 +17,7 @@ ALL = {"*"}
 # Room (or top-level file) -> the rooms of llmlab that it may import besides itself.
 MAY_IMPORT: dict[str, set[str]] = {
     "sharding": set(),
-    "nn": {"sharding"},
+    "nn": {"sharding", "buckets"},  # buckets: the directory in which compiled kernels are kept
     "models": {"nn", "sharding"},
     "tokenizers": {"buckets"},
     "data": {"tokenizers", "buckets"},

@@ -22,6 +22,7 @@ def run(program: str) -> Any:
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",  # nothing runs
+        "LLMLAB_CPU_KERNELS": "0",  # which a TPU does not have
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": "v5p-8",
         "TPU_WORKER_HOSTNAMES": "localhost",

@@ -6,15 +6,18 @@ how many kernels are launched beside. On this occasion (see `llmlab.infer.unstac
     every matrix       is laid out with the inputs of an output side by side, (outputs, inputs): each output is a sum
                        along memory. Of (heads, head_dim, embed) XLA makes on a GPU a product in memory and its sum, and
                        on a CPU it repacks (inputs, outputs) in every step of several rows (`contract_rows`)
-    on accelerators    matrices of one input become one: query, key, value; gate, up. Two launches a layer instead of
-                       five, and the small matrices of few key/value heads are read with the large one. On CPUs
-                       products run side by side, on a core each, and are left apart
+    matrices           of one input become one: query, key, value; gate, up. Two launches a layer instead of five, and
+                       the small matrices of few key/value heads are read with the large one. On a CPU that has only
+                       XLA's products those run side by side, on a core each, and are left apart
     on GPUs            attention over the cache and RMSNorm are one kernel each (`llmlab.nn.kernels.decoding`)
+    on CPUs            attention over the cache and products of few rows are, where there is a compiler to make them
+                       (`llmlab.nn.kernels.cpu`)
 
 The result is the same but for the order of sums.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,11 +30,21 @@ from llmlab.nn.cache import KVCache
 from llmlab.nn.config import Auxiliary, Cache, Context
 from llmlab.nn.dense import Dense, contract_rows
 from llmlab.nn.dropout import dropout
+from llmlab.nn.embedding import Embedding
 from llmlab.nn.feed_forward import ACTIVATIONS, GatedMLPLayer
-from llmlab.nn.kernels.decoding import attend_one, attend_one_lacks, rms_norm
+from llmlab.nn.kernels import cpu, decoding
 from llmlab.nn.masks import Causal
 from llmlab.nn.moe.layer import MixtureOfExpertsLayer
 from llmlab.nn.norms import RMSNormLayer
+from llmlab.nn.platform import platform
+from llmlab.sharding.rules import active_mesh
+
+
+def few_rows(x: Float[Array, "*B D"], kernel_FD: Float[Array, "F D"]) -> Float[Array, "*B F"]:
+    """`contract_rows`, by the kernel for CPUs where that is for these arrays."""
+    if cpu.takes(x, kernel_FD) and _has_cpu_kernels():
+        return cpu.product(x, kernel_FD)
+    return contract_rows(x, kernel_FD)
 
 
 class _Rows(nnx.Module):
@@ -53,7 +66,7 @@ class _Rows(nnx.Module):
     def product(self, x: Float[Array, "..."]) -> Float[Array, "*B F"]:
         """The outputs of all layers, side by side."""
         batch = x.shape[: x.ndim - self.num_inputs]
-        y_BF = contract_rows(x.reshape(math.prod(batch), -1), self.kernel[...])
+        y_BF = few_rows(x.reshape(math.prod(batch), -1), self.kernel[...])
         y_BF = y_BF if self.bias is None else y_BF + self.bias[...]
         return y_BF.reshape(*batch, -1)
 
@@ -81,11 +94,10 @@ class JoinedAttention(AttentionLayer):
 
     Args:
         layer: what it is made of.
-        one_kernel: whether a step's attention over its cache is one kernel, where that can compute it.
     """
 
-    def __init__(self, layer: AttentionLayer, one_kernel: bool) -> None:
-        self.config, self.scale, self.one_kernel = layer.config, layer.scale, one_kernel
+    def __init__(self, layer: AttentionLayer) -> None:
+        self.config, self.scale = layer.config, layer.scale
         self.joined, self.last = JoinedDense(layer.query, layer.key, layer.value), RowsDense(layer.output)
         self.norm_query, self.norm_key = layer.norm_query, layer.norm_key
         self.rotation, self.relative = layer.rotation, layer.relative
@@ -97,7 +109,8 @@ class JoinedAttention(AttentionLayer):
         key: jax.Array | None = None,
         cache: Cache | None = None,
     ) -> tuple[Float[Array, "B S D"], Cache | None]:
-        if not (isinstance(cache, KVCache) and self._in_one_kernel(x_BSD, context)):
+        attend_one = _attend_one(self.config.resolved_head_dim(x_BSD.shape[2]))
+        if attend_one is None or not (isinstance(cache, KVCache) and self._is_plain_step(x_BSD, context)):
             return super().__call__(x_BSD, context, key, cache)
         q_B1NH, k_B1KH, v_B1KH = self.placed(x_BSD, context)
         cache, _, _ = cache.update(k_B1KH, v_B1KH, context.position_ids)
@@ -123,11 +136,10 @@ class JoinedAttention(AttentionLayer):
         """Back to the residual stream."""
         return self.last(o_BSNH)
 
-    def _in_one_kernel(self, x_BSD: jax.Array, context: Context) -> bool:
+    def _is_plain_step(self, x_BSD: jax.Array, context: Context) -> bool:
+        """Whether each row has one token, which sees all that came before."""
         mask, bias = self.restrictions(context)
-        plain = bias is None and all(isinstance(term, Causal) for term in mask.terms)
-        head_dim = self.config.resolved_head_dim(x_BSD.shape[2])
-        return self.one_kernel and plain and x_BSD.shape[1] == 1 and attend_one_lacks(head_dim) is None
+        return x_BSD.shape[1] == 1 and bias is None and all(isinstance(term, Causal) for term in mask.terms)
 
 
 class JoinedGatedMLP(nnx.Module):
@@ -145,6 +157,17 @@ class JoinedGatedMLP(nnx.Module):
         return self.down(hidden_BSF), {}
 
 
+class RowsEmbedding(Embedding):
+    """An embedding whose rows score the next token by the kernel for few rows."""
+
+    def __init__(self, embedding: Embedding) -> None:
+        self.row_axis, self.table = embedding.row_axis, embedding.table
+
+    def attend(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """See Embedding."""
+        return few_rows(x, self.table[...])
+
+
 class OneKernelRMSNorm(nnx.Module):
     """RMSNorm as one kernel."""
 
@@ -152,29 +175,55 @@ class OneKernelRMSNorm(nnx.Module):
         self.epsilon, self.offset, self.scale = layer.epsilon, layer.offset, layer.scale
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        return rms_norm(x, self.scale[...], self.epsilon, self.offset)
+        return decoding.rms_norm(x, self.scale[...], self.epsilon, self.offset)
 
 
-def join(model: Any, *, one_kernel: bool) -> None:
-    """Put joined layers in the place of a model's attention and gated MLPs, and with `one_kernel` (on a GPU) of its
-    RMSNorms. Others, and kinds of these that have a computation of their own, stay as they are."""
+def laid_out(model: Any) -> Any:
+    """The model, changed to what computes the same soonest on the platform that it is traced for. Layers that have a
+    computation of their own stay as they are."""
+    if platform() != "cpu" or _has_cpu_kernels():
+        _join(model)
+    if platform() == "cpu":
+        _lay_out_apart(model)
+    return model
+
+
+def _join(model: Any) -> None:
+    """Joined layers in the place of a model's attention and gated MLPs, and on GPUs kernels in that of its RMSNorms."""
     for module in [module for _, module in nnx.iter_modules(model)]:
         for name, child in list(vars(module).items()):
             if type(child) is AttentionLayer and _alike(child.query, child.key, child.value) and _plain(child.output):
-                setattr(module, name, JoinedAttention(child, one_kernel))
+                setattr(module, name, JoinedAttention(child))
             elif type(child) is GatedMLPLayer and _alike(child.gate, child.up) and _plain(child.down):
                 setattr(module, name, JoinedGatedMLP(child))
-            elif type(child) is RMSNormLayer and one_kernel:
+            elif type(child) is RMSNormLayer and platform() == "gpu" and decoding.lacks() is None:
                 setattr(module, name, OneKernelRMSNorm(child))
 
 
-def lay_out_apart(model: Any) -> None:
-    """Put layers that are laid out in the place of a model's dense layers, each by itself. What is more than a dense
-    layer stays as it is, and so does a router, whose matrix is read in float32."""
+def _lay_out_apart(model: Any) -> None:
+    """Layers that are laid out in the place of a model's dense layers, each by itself, and of its embeddings. A router
+    stays as it is, for its matrix is read in float32."""
     for module in [module for _, module in nnx.iter_modules(model)]:
         for name, child in list(vars(module).items()):
             if _plain(child) and not isinstance(module, MixtureOfExpertsLayer):
                 setattr(module, name, RowsDense(child))
+            elif type(child) is Embedding:
+                setattr(module, name, RowsEmbedding(child))
+
+
+def _attend_one(head_dim: int) -> Callable[..., jax.Array] | None:
+    """The kernel of a step's attention that takes heads of this width here."""
+    if _has_cpu_kernels():
+        return cpu.attend_one
+    if platform() == "gpu" and decoding.lacks() is None and decoding.attend_one_lacks(head_dim) is None:
+        return decoding.attend_one
+    return None
+
+
+def _has_cpu_kernels() -> bool:
+    """Whether this is a CPU with kernels of its own; on a mesh of several XLA splits operations that it knows."""
+    mesh = active_mesh()
+    return platform() == "cpu" and (mesh is None or mesh.size == 1) and cpu.lacks() is None
 
 
 def _alike(*layers: Any) -> bool:

@@ -34,7 +34,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from llmlab.infer.unstacked import laid_out
+from llmlab.infer.joined import laid_out
 from llmlab.nn.config import Auxiliary, Context, LayerCache
 from llmlab.nn.module import merge, split, unstack_axes
 from llmlab.nn.reversible import ReversibleStack

@@ -6,7 +6,7 @@ step that should read every weight once, and does little else, would read it twi
 the loop, once for a model, weights are read where they lie. With 17 million float32 parameters on 2 CPU cores that made
 a step of one row 2.6 times as fast.
 
-Matrices are laid out anew on this occasion, and on accelerators joined (see `llmlab.infer.joined`).
+Matrices are laid out anew on this occasion, and joined (see `llmlab.infer.joined`).
 
 The price is a second copy of the stacked weights, on a CPU of every matrix, for as long as the model lives. A model of
 which a second copy would take more than half of the memory that its device has left keeps its stacks, and so does one
@@ -21,10 +21,8 @@ import jax
 from flax import nnx
 from jax.core import Tracer
 
-from llmlab.infer.joined import join, lay_out_apart
-from llmlab.nn.kernels.decoding import lacks
+from llmlab.infer.joined import laid_out
 from llmlab.nn.module import Params, merge, split, unstack_axes
-from llmlab.nn.platform import platform
 from llmlab.nn.stack import Stack
 
 
@@ -87,15 +85,6 @@ def _taken_apart(model: Any) -> Any:
         layers = [_alone(layer) for layer in stack.repeats.layers(params)]
         stack.blocks, stack.remainder = nnx.List([]), nnx.List([*layers, *stack.remainder])
     return laid_out(model)
-
-
-def laid_out(model: Any) -> Any:
-    """The model, changed to how its matrices are best read on the platform that it is traced for."""
-    if platform() == "cpu":
-        lay_out_apart(model)
-    else:
-        join(model, one_kernel=platform() == "gpu" and lacks() is None)
-    return model
 
 
 def _alone(layer: nnx.Module) -> nnx.Module:

@@ -18,7 +18,8 @@ from flax.nnx.rnglib import RngStream
 Params = dict[str, Any]
 """Nested dict of arrays with string keys."""
 Axes = dict[str, Any]
-"""Nested dict of the same structure as Params; each leaf is a tuple of logical axis names."""
+"""Nested dict of the same structure as Params; each leaf is a tuple of logical axis names, None for a dimension of
+none."""
 
 
 def split(module: nnx.Module) -> tuple[nnx.GraphDef, Params]:
@@ -126,7 +127,7 @@ def num_parameters(params: Params) -> int:
 class _Leaf:
     """Keeps a tuple of names from being taken for a tree."""
 
-    def __init__(self, axes: tuple[str, ...]) -> None:
+    def __init__(self, axes: tuple[str | None, ...]) -> None:
         self.axes = axes
 
 

@@ -1,4 +1,8 @@
-"""Which hardware a program is being traced for."""
+"""Which hardware a program is being traced for, and which this machine is."""
+
+import hashlib
+import platform as host
+from pathlib import Path
 
 import jax
 
@@ -15,3 +19,13 @@ def platform() -> str:
     mesh = active_mesh()
     name = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     return "gpu" if name in ("cuda", "rocm") else name
+
+
+def processor() -> str:
+    """A short name for this kind of CPU: the instructions that it has."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        description = next(line for line in lines if line.lower().startswith(("flags", "features")))
+    except (OSError, StopIteration):
+        description = host.processor()
+    return f"{host.machine()}-{hashlib.sha256(description.encode()).hexdigest()[:8]}"

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import llmlab
 from llmlab.commands.convert import main as convert
 from llmlab.commands.serve_model import _cast
-from llmlab.infer import decoding
+from llmlab.infer import decoding, joined
 from llmlab.infer import offload as offload_module
 from llmlab.infer import unstacked as unstacked_module
 from llmlab.infer.engine.config import EngineConfig
@@ -180,7 +180,7 @@ def test_weights_are_loaded_to_the_hosts_memory(tmp_path: Path) -> None:
 def test_layers_are_laid_out_for_the_platform_as_those_on_the_device(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(unstacked_module, "platform", lambda: "gpu")
+    monkeypatch.setattr(joined, "platform", lambda: "gpu")
     model = randomised(CONFIGS[name])
     want, got = merge(*unstacked_module.unstacked(model)), offload(in_host_memory(model), 2)
     layers = (got if name == "llama" else got.encoder).stack.remainder

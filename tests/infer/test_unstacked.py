@@ -11,14 +11,17 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from llmlab.infer import joined
 from llmlab.infer import unstacked as unstacked_module
 from llmlab.infer.cache import new_cache
 from llmlab.infer.joined import JoinedAttention, RowsDense
 from llmlab.infer.unstacked import unstacked
 from llmlab.models import gemma, gpt2, llama, mixtral, palm, t5
+from llmlab.nn.kernels import cpu
 from llmlab.nn.module import merge, num_parameters, split
 from llmlab.nn.stack import Stack
 from tests.drawing import built
+from tests.selection import at_scale_but
 
 SIZES: dict[str, Any] = {"embed_dim": 32, "num_heads": 2, "vocab_size": 17}
 LLAMA = llama.llama(**SIZES, num_layers=2, hidden_dim=24, num_kv_heads=1)
@@ -38,22 +41,25 @@ def stacks(model: nnx.Module) -> list[Stack]:
     return [module for _, module in nnx.iter_modules(model) if isinstance(module, Stack)]
 
 
-@pytest.mark.parametrize(
-    ("name", "platform"), [(name, "gpu" if name in ("llama", "gpt2", "gemma") else "cpu") for name in DECODERS]
-)
-def test_it_computes_what_the_model_does(name: str, platform: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU with matrices joined and kernels of its own; the cached step of those is what is compared then."""
-    monkeypatch.setattr(unstacked_module, "platform", lambda: platform)
+@pytest.mark.parametrize("kernels", ["gpu", "cpu", "none"])
+@pytest.mark.parametrize("name", at_scale_but(["llama", "gpt2", "mixtral"], list(DECODERS)))
+def test_it_computes_what_the_model_does(name: str, kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With matrices joined and the kernels of a GPU or CPU, or on a CPU without; compared is a cached step."""
+    monkeypatch.setattr(joined, "platform", lambda: "gpu" if kernels == "gpu" else "cpu")
+    if kernels == "none":
+        monkeypatch.setattr(cpu, "lacks", lambda: "there is no compiler")
+    elif kernels == "cpu" and cpu.lacks() is not None:
+        pytest.skip(str(cpu.lacks()))
     model = built(DECODERS[name])
     graphdef, params = unstacked(model)
     assert all(not stack.blocks for stack in stacks(merge(graphdef, params)))
     assert num_parameters(params) == num_parameters(split(model)[1])
     attention = merge(graphdef, params).stack.remainder[0].mixer
-    assert isinstance(attention, JoinedAttention) == (platform == "gpu")
-    assert isinstance(attention.last if platform == "gpu" else attention.output, RowsDense)
+    assert isinstance(attention, JoinedAttention) == (kernels != "none")
+    assert isinstance(attention.output if kernels == "none" else attention.last, RowsDense)
 
     def stepped(params: Any) -> jax.Array:
-        """All but the last token, then that."""
+        """All but the last token, then that, which is what kernels are for."""
         merged, caches = merge(graphdef, params), new_cache(DECODERS[name], 2, 8)
         first = merged(IDS[:, :5], cache=caches)
         last = merged(IDS[:, 5:], position_ids=jnp.full((2, 1), 5), cache=first.cache)
@@ -84,8 +90,8 @@ def test_it_is_made_once_and_again_where_the_arrays_are_others() -> None:
     once, again = unstacked(model)[1], unstacked(model)[1]
     assert all(a is b for a, b in zip(jax.tree.leaves(once), jax.tree.leaves(again), strict=True))
     block: Any = model.stack.blocks[0]
-    block.ffn.up.kernel.set_value(jnp.ones((2, 32, 24)))
-    np.testing.assert_array_equal(unstacked(model)[1]["stack"]["remainder"]["1"]["ffn"]["up"]["kernel"], 1.0)
+    block.ffn.down.kernel.set_value(jnp.ones((2, 24, 32)))
+    np.testing.assert_array_equal(unstacked(model)[1]["stack"]["remainder"]["1"]["ffn"]["down"]["kernel"], 1.0)
 
 
 def test_it_goes_with_the_model() -> None:
