@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
 from llmlab.nn.config import Cache
+from llmlab.nn.platform import platform
 from llmlab.sharding import shard
 
 
@@ -93,7 +94,15 @@ class Stored:
         rows, heads = self.data_BKTH.shape[:2]
         # Every head by its own index: of a single update XLA on CPU makes one that is not done in place.
         at = jnp.arange(rows)[:, None, None], jnp.arange(heads)[:, None], slot_BS[:, None]
-        return jax.tree.map(lambda old, fresh: old.at[at].set(fresh, mode="drop"), self, new)._placed()
+
+        def one(old: jax.Array, fresh: jax.Array) -> jax.Array:
+            if old.dtype == jnp.bfloat16 and platform() == "cpu":
+                # As integers: XLA on CPU would make the whole cache float32, put the new ones in, and round it back.
+                bits, fresh_bits = (jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (old, fresh))
+                return jax.lax.bitcast_convert_type(bits.at[at].set(fresh_bits, mode="drop"), jnp.bfloat16)
+            return old.at[at].set(fresh, mode="drop")
+
+        return jax.tree.map(one, self, new)._placed()
 
     def then(self, other: "Stored") -> "Stored":
         """These slots, and after them the other's."""

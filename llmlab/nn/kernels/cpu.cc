@@ -13,6 +13,7 @@
 #include <limits>
 #include <memory>
 #include <thread>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -33,7 +34,10 @@ constexpr int kLanes = 4;
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef int32_t IntVec __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t HalfVec __attribute__((vector_size(2 * kLanes)));
-typedef int8_t ByteVec __attribute__((vector_size(kLanes)));
+typedef int16_t ShortVec __attribute__((vector_size(2 * kLanes)));
+typedef int16_t Shorts __attribute__((vector_size(32)));
+typedef int8_t Bytes __attribute__((vector_size(16)));
+typedef int64_t Words __attribute__((vector_size(16)));
 
 // Numbers as they are stored. All arithmetic is in float32.
 struct Bfloat16 {
@@ -56,7 +60,13 @@ inline float number(Bfloat16 x) {
 
 inline Vec load(const float* x) { return bits_of<Vec>(x); }
 inline Vec load(const int8_t* x) {
-  return __builtin_convertvector(__builtin_convertvector(bits_of<ByteVec>(x), IntVec), Vec);
+  Words words = {};  // of sixteen, and by way of int16: GCC converts 8 one by one
+  if constexpr (kLanes == 16)
+    words = bits_of<Words>(x);
+  else
+    words[0] = bits_of<std::conditional_t<kLanes == 8, int64_t, int32_t>>(x);
+  Shorts shorts = __builtin_convertvector(bits_of<Bytes>(&words), Shorts);
+  return __builtin_convertvector(__builtin_convertvector(bits_of<ShortVec>(&shorts), IntVec), Vec);
 }
 inline Vec load(const Bfloat16* x) {
   IntVec bits = __builtin_convertvector(bits_of<HalfVec>(x), IntVec) << 16;
