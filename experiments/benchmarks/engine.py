@@ -2,7 +2,7 @@
 
 Claim    64 requests of mixed lengths get at least 1.8 times the new tokens/s of static batching.
 Command  python experiments/benchmarks/engine.py
-Result   2.7 to 3.1 times on 2 CPU cores: results/engine_cpu.md
+Result   4.0 times on 2 CPU cores: results/engine_cpu.md
 Cost     5 minutes on 2 CPU cores
 
 Static batching takes the requests in groups of --rows as they come, pads prompts to the longest of the group and

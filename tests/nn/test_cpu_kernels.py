@@ -94,16 +94,16 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A cache without the library, and nothing known of it."""
     monkeypatch.setenv("LLMLAB_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("CXX", raising=False)
-    cpu.lacks.cache_clear()
+    cpu._made_ready.cache_clear()
     yield tmp_path
     monkeypatch.undo()
-    cpu.lacks.cache_clear()
+    cpu._made_ready.cache_clear()
 
 
 def test_without_a_compiler_or_switched_off_it_says_why(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(fresh))
     assert "no C++ compiler" in str(cpu.lacks())
-    cpu.lacks.cache_clear()
+    cpu._made_ready.cache_clear()
     monkeypatch.setenv("LLMLAB_CPU_KERNELS", "0")
     assert cpu.lacks() == "LLMLAB_CPU_KERNELS is 0"
 
@@ -112,7 +112,7 @@ def test_a_compiler_that_fails_is_a_warning_with_what_it_said(fresh: Path, monke
     script(fresh / "c++", "echo cannot find -lstdc++ >&2; exit 1")
     monkeypatch.setenv("PATH", f"{fresh}{os.pathsep}{os.environ['PATH']}")
     with pytest.warns(UserWarning, match=r"c\+\+: cannot find -lstdc\+\+"):
-        assert "could not compile" in str(cpu.lacks())
+        assert "could not be compiled" in str(cpu.lacks())
     assert not list((fresh / "cache").rglob("*.so"))
 
 

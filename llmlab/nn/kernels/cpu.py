@@ -25,6 +25,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import warnings
 from importlib import metadata
 from pathlib import Path
@@ -42,6 +43,7 @@ from llmlab.nn.platform import processor
 MAX_ROWS = 64
 """Rows up to which `product` is for; of more, XLA's products are as fast."""
 _SOURCE = Path(__file__).with_suffix(".cc")
+_first = threading.Lock()  # a second library of the same kernels cannot be registered
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC")
 
 
@@ -90,9 +92,14 @@ def attend_one(
     return join_heads(o_BKGH[:, :, :, None]).astype(q_B1NH.dtype)
 
 
-@functools.cache
 def lacks() -> str | None:
     """Why there are no such kernels, or None. The first call makes them ready."""
+    with _first:
+        return _made_ready()
+
+
+@functools.cache
+def _made_ready() -> str | None:
     if os.environ.get("LLMLAB_CPU_KERNELS") == "0":
         return "LLMLAB_CPU_KERNELS is 0"
     if os.name != "posix":
@@ -104,8 +111,8 @@ def lacks() -> str | None:
         library = ctypes.CDLL(str(_compiled(compiler)))
     except (OSError, subprocess.CalledProcessError) as error:
         output = getattr(error, "stderr", None) or str(error)
-        warnings.warn(f"decoding goes on without its kernels for CPUs: {compiler}: {output.strip()}", stacklevel=2)
-        return f"{compiler} could not compile them"
+        warnings.warn(f"decoding goes on without its kernels for CPUs: {compiler}: {output.strip()}", stacklevel=3)
+        return "they could not be compiled or loaded"
     jax.ffi.register_ffi_target("llmlab_product", jax.ffi.pycapsule(library.llmlab_product), platform="cpu")
     jax.ffi.register_ffi_target("llmlab_attend", jax.ffi.pycapsule(library.llmlab_attend), platform="cpu")
     return None
