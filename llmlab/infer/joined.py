@@ -37,11 +37,11 @@ from llmlab.nn.masks import Causal
 from llmlab.nn.moe.layer import MixtureOfExpertsLayer
 from llmlab.nn.norms import RMSNormLayer
 from llmlab.nn.platform import platform
-from llmlab.sharding.rules import active_mesh
+from llmlab.sharding.rules import active_placement
 
 
 def few_rows(x: Float[Array, "*B D"], kernel_FD: Float[Array, "F D"]) -> Float[Array, "*B F"]:
-    """`contract_rows`, by the kernel for CPUs where that is for these arrays."""
+    """`contract_rows`, by the kernel for CPUs where that is for these arrays; not to be differentiated."""
     if cpu.takes(x, kernel_FD) and _has_cpu_kernels():
         return cpu.product(x, kernel_FD)
     return contract_rows(x, kernel_FD)
@@ -222,8 +222,7 @@ def _attend_one(head_dim: int) -> Callable[..., jax.Array] | None:
 
 def _has_cpu_kernels() -> bool:
     """Whether this is a CPU with kernels of its own; on a mesh of several XLA splits operations that it knows."""
-    mesh = active_mesh()
-    return platform() == "cpu" and (mesh is None or mesh.size == 1) and cpu.lacks() is None
+    return platform() == "cpu" and active_placement() is None and cpu.lacks() is None
 
 
 def _alike(*layers: Any) -> bool:

@@ -35,14 +35,17 @@ def exact(q: Any, k: Any, v: Any, positions: Any, scale: float, softcap: float |
 SHAPES = [(2, 2, 70, None), (8, 2, 64, 5.0), (3, 1, 1, None), (20, 1, 130, None), (4, 2, 1100, None)]
 
 
-@pytest.fixture(params=["decoding", "cpu"])
-def attend_one(request: pytest.FixtureRequest) -> Any:
-    """That of a GPU and that of a CPU."""
-    if request.param == "decoding":
-        return decoding.attend_one
+@pytest.fixture
+def attend_one_on_cpu() -> Any:
     if jax.default_backend() != "cpu" or cpu.lacks() is not None:
         pytest.skip(cpu.lacks() or "the default device is no CPU")
     return cpu.attend_one
+
+
+@pytest.fixture(params=["gpu", "cpu"])
+def attend_one(request: pytest.FixtureRequest) -> Any:
+    """That of a GPU and that of a CPU."""
+    return decoding.attend_one if request.param == "gpu" else request.getfixturevalue("attend_one_on_cpu")
 
 
 @pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
@@ -85,23 +88,19 @@ def test_what_lies_beyond_a_position_is_not_seen_even_where_it_is_no_number(atte
 
 @pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("head_dim", [1, 7, 24, 80, 128, 200])
-def test_on_a_cpu_a_head_may_be_of_any_width(head_dim: int, storage: str) -> None:
-    if jax.default_backend() != "cpu" or cpu.lacks() is not None:
-        pytest.skip(cpu.lacks() or "the default device is no CPU")
+def test_on_a_cpu_a_head_may_be_of_any_width(head_dim: int, storage: str, attend_one_on_cpu: Any) -> None:
     random = np.random.default_rng(0)
     q = jnp.asarray(random.normal(size=(2, 1, 6, head_dim)), jnp.float32)
     k, v = (Stored.of(jnp.asarray(random.normal(size=(2, 50, 2, head_dim)), jnp.float32), storage) for _ in range(2))
     at = np.array([49, 20])
-    got = cpu.attend_one(q, (k.data_BKTH, k.scale_BKT), (v.data_BKTH, v.scale_BKT), jnp.asarray(at), scale=0.3)
+    got = attend_one_on_cpu(q, (k.data_BKTH, k.scale_BKT), (v.data_BKTH, v.scale_BKT), jnp.asarray(at), scale=0.3)
     want = exact(q, k.read(jnp.float32), v.read(jnp.float32), at, 0.3, None)
     np.testing.assert_allclose(got, want, rtol=0, atol=TOLERANCE["float32"] * np.abs(want).max())
 
 
 @pytest.mark.parametrize("spread", [1.0, 30.0, 3000.0])
-def test_on_a_cpu_weights_are_those_of_numpy_over_the_whole_range(spread: float) -> None:
+def test_on_a_cpu_weights_are_those_of_numpy_over_the_whole_range(spread: float, attend_one_on_cpu: Any) -> None:
     """Logits from 0 to far below what float32 can tell from none, one head dimension."""
-    if jax.default_backend() != "cpu" or cpu.lacks() is not None:
-        pytest.skip(cpu.lacks() or "the default device is no CPU")
     logits = -spread * np.arange(100, dtype=np.float64) / 100
     k = jnp.asarray(logits, jnp.float32)[None, None, :, None]
     v = jnp.eye(100, dtype=jnp.float32)[None, None]  # the weights themselves come out
@@ -109,11 +108,12 @@ def test_on_a_cpu_weights_are_those_of_numpy_over_the_whole_range(spread: float)
     for slots in (1, 16, 17, 100):
         weights = np.concatenate(
             [
-                cpu.attend_one(q, (k, None), (v[..., i : i + 1], None), jnp.array([slots - 1]), scale=1.0)[0, 0, 0]
+                attend_one_on_cpu(q, (k, None), (v[..., i : i + 1], None), jnp.array([slots - 1]), scale=1.0)[0, 0, 0]
                 for i in range(100)
             ]
         )
         want = np.exp(np.asarray(k[0, 0, :slots, 0], np.float64))
+        # an exponential is good to 2 units in the last place, their sum to a few, and below 2^-126 there is none
         np.testing.assert_allclose(weights[:slots], want / want.sum(), rtol=1e-6, atol=2e-38)
         assert not weights[slots:].any()
 

@@ -14,7 +14,6 @@
 #include <memory>
 #include <thread>
 #include <type_traits>
-#include <utility>
 #include <vector>
 
 #include "xla/ffi/api/ffi.h"
@@ -139,7 +138,7 @@ void share(ffi::ThreadPool& pool, int64_t count, const Task& task) {
 
 // ---- products -------------------------------------------------------------------------------------------------------
 
-// Outputs that a task computes are those of about so many bytes of weights.
+// Outputs that a task computes are those of about so many bytes of weights, and a multiple of every tile's (3, 4, 6).
 constexpr int64_t kTaskBytes = 64 << 10;
 
 // One to four rows: every output is a sum along memory, of kOutputs x kRows of them at a time.

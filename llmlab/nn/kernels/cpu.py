@@ -8,7 +8,8 @@ the second a matrix-vector product for every row and head on one core, over the 
     attend_one    softmax(q K^T) V of one query a row and head, over the slots up to its position and no others, in the
                   cache's own storage
 
-Arithmetic is float32, whatever the storage. A row's numbers do not depend on the other rows, nor on the number of
+They have no gradient: they are for models that are laid out for decoding, and training stays with XLA. Arithmetic is
+float32, whatever the storage. A row's numbers do not depend on the other rows, nor on the number of
 threads, but one row alone is summed in another order than several.
 
 The kernels are compiled from cpu.cc by the C++ compiler of this machine (GCC or Clang: $CXX, c++, g++ or clang++) for
@@ -70,16 +71,8 @@ def attend_one(
     scale: float,
     softcap: float | None = None,
 ) -> Float[Array, "B 1 N H"]:
-    """Causal attention of one query a row.
-
-    Args:
-        q_B1NH: queries.
-        key: stored keys, slot t at position t, and for int8 their scales.
-        value: stored values, likewise.
-        position_B: position of each query, which sees the slots up to it; -1 sees nothing and gets zeros.
-        scale: factor on q k^T.
-        softcap: bound of the logits.
-    """
+    """Causal attention of one query a row, as `llmlab.nn.kernels.decoding.attend_one` has it for GPUs; heads may be of
+    any width."""
     q_BKGH = split_heads(q_B1NH, key[0].shape[1])[:, :, :, 0].astype(jnp.float32)
     scales = [] if key[1] is None else [key[1], value[1]]
     o_BKGH = jax.ffi.ffi_call(
