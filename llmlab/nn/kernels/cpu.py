@@ -9,8 +9,8 @@ the second a matrix-vector product for every row and head on one core, over the 
                   cache's own storage
 
 They have no gradient: they are for models that are laid out for decoding, and training stays with XLA. Arithmetic is
-float32, whatever the storage. A row's numbers do not depend on the other rows, nor on the number of
-threads, but one row alone is summed in another order than several.
+float32, whatever the storage. A row's numbers do not depend on what the other rows are, nor on the number of threads,
+but one row alone is summed in another order than several.
 
 The kernels are compiled from cpu.cc by the C++ compiler of this machine (GCC or Clang: $CXX, c++, g++ or clang++) for
 its processor, at first use; that takes 5 seconds, and the library is kept in llmlab's cache for the next time. They
